@@ -1,0 +1,114 @@
+"""CLIP as a judge: the cosine between a picture and a text."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
+
+TEXT_CACHE = 16_384
+"""Text features kept, one row per text."""
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+"""Either set is enough."""
+
+
+class ClipScorer:
+    """A frozen CLIP in float32 with its tokenizer and its one preprocessing.
+
+    Scores are differentiable with respect to the images; the weights are frozen. Features of texts are computed once and
+    kept.
+    """
+
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: CLIPTokenizer,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+    ):
+        self.model = model.float().requires_grad_(False).eval().to(device)
+        self.tokenizer, self.device = tokenizer, device
+        self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+        self.size: int = model.config.vision_config.image_size
+        self._texts: OrderedDict[str, Tensor] = OrderedDict()
+
+    @classmethod
+    def load(cls, folder: str | Path, device: torch.device) -> ClipScorer:
+        """Read a transformers CLIPModel folder. Raises OSError or ValueError saying what is missing or wrong."""
+        folder = Path(folder)
+        missing = [name for name in ("config.json", "preprocessor_config.json") if not (folder / name).is_file()]
+        if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
+            missing.append("a tokenizer (vocab.json and merges.txt)")
+        if missing:
+            raise FileNotFoundError(f"not a CLIP model folder: it lacks {', '.join(missing)}")
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind != "clip":
+            raise ValueError(f"config.json says model_type = {kind!r}, but this judge needs 'clip'")
+        settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        absent = [key for key in ("image_mean", "image_std") if len(settings.get(key) or ()) != 3]
+        if absent:
+            raise ValueError(f"preprocessor_config.json needs three numbers for {' and '.join(absent)}")
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return cls(_load_model(folder), tokenizer, settings["image_mean"], settings["image_std"], device)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1], any size -> (B, 3, size, size) normalised: short side resized, centre cut out."""
+        images = images.to(self.device).float()
+        height, width = images.shape[-2:]
+        if min(height, width) != self.size:
+            scale = self.size / min(height, width)
+            target = [max(round(height * scale), self.size), max(round(width * scale), self.size)]
+            images = F.interpolate(images, target, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        top, left = ((images.shape[d] - self.size) // 2 for d in (-2, -1))
+        images = images[..., top : top + self.size, left : left + self.size]
+        return (images - self.mean) / self.std
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Unit vectors (B, D) of images (B, 3, H, W) in [0, 1]."""
+        pooled = self.model.vision_model(pixel_values=self.preprocess(images)).pooler_output
+        return F.normalize(self.model.visual_projection(pooled), dim=-1)
+
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (B, D). Texts longer than the model's context are cut."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        if new:
+            length = self.model.config.text_config.max_position_embeddings
+            # One fixed length: a text's features do not depend on its neighbours.
+            ids = self.tokenizer(
+                new, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            ).input_ids
+            pooled = self.model.text_model(input_ids=ids.to(self.device)).pooler_output
+            self._texts.update(zip(new, F.normalize(self.model.text_projection(pooled), dim=-1), strict=True))
+        rows = torch.stack([self._texts[text] for text in texts])
+        while len(self._texts) > TEXT_CACHE:
+            self._texts.popitem(last=False)
+        return rows
+
+    def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Cosine in [-1, 1] of each image with its text: (B,) float32. Raises ValueError when their numbers differ."""
+        if len(images) != len(texts):
+            raise ValueError(f"{len(images)} images but {len(texts)} texts; every image needs its own")
+        return (self.image_features(images) * self.text_features(texts)).sum(-1)
+
+
+def _load_model(folder: Path) -> CLIPModel:
+    """The network with all its weights. Raises ValueError when some are absent or do not fit."""
+    try:
+        model, report = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"the weights cannot be read: {error}") from error
+    if report["missing_keys"]:
+        raise ValueError(
+            f"the weights lack {len(report['missing_keys'])} tensors, such as {sorted(report['missing_keys'])[0]}"
+        )
+    return model

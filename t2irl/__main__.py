@@ -1,0 +1,10 @@
+"""`python -m t2irl` and `accelerate launch -m t2irl`: the same program as the `t2irl` command."""
+
+from __future__ import annotations
+
+import sys
+
+from t2irl.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Dynamics, one file each: how a transition from one noise level to the next is sampled and scored."""

@@ -1,0 +1,1 @@
+"""Held-out measurement, scored picture grids, and the report of a run."""

@@ -1,0 +1,226 @@
+"""Around the loop: processes, run folder, signals, clocks, curves. Nothing here knows about learning."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from accelerate import Accelerator, PartialState
+
+from t2irl import checkpoint
+from t2irl.config import Run
+from t2irl.errors import CheckpointError, ConfigError, Interrupted
+from t2irl.utils import distributed
+from t2irl.utils.memory import keep_heap, peak_gib
+from t2irl.utils.progress import Progress
+from t2irl.utils.tracking import Tracker, accelerator_arguments, flatten, write_run_files
+
+if TYPE_CHECKING:
+    from t2irl.train import Parts
+
+FIXED = ("model", "policy.tune", "rollout.guidance_scale", "seed")
+"""Settings that a continued run cannot change: the saved weights or their log-densities depend on them."""
+
+
+class Context:
+    """Everything about a run that is not learning: folder, device, progress, tracker, stop requests, timers."""
+
+    def __init__(self, run: Run, accelerator: Accelerator, folder: Path, start: Path | None):
+        self.run, self.accelerator, self.folder, self.start = run, accelerator, folder, start
+        self.device = accelerator.device
+        self.is_main = accelerator.is_main_process
+        self.seconds: Counter[str] = Counter()
+        self.warnings: list[str] = []
+        self._signal: int | None = None
+        self.progress: Progress
+        self.tracker: Tracker
+
+    def say(self, text: str) -> None:
+        """Print on the main process."""
+        self.progress.print(text)
+
+    def warn(self, text: str) -> None:
+        """Print a warning once, and keep it for the summary."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.say(f"warning: {text}")
+
+    @contextmanager
+    def timed(self, stage: str, total: int) -> Iterator[Any]:
+        """A stage with its progress bar; its seconds go into the iteration's `time/<stage>_s`."""
+        started = time.perf_counter()
+        with self.progress.stage(stage, total) as advance:
+            yield advance
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # at phase borders only, so that the next stage is not billed for this one
+        self.seconds[stage] += time.perf_counter() - started
+
+    def take_seconds(self) -> dict[str, float]:
+        """Metrics of the timers since the last call."""
+        found = {f"time/{stage}_s": seconds for stage, seconds in self.seconds.items()}
+        self.seconds.clear()
+        return found
+
+    def memory(self) -> dict[str, float]:
+        """Peak memory so far: the device's, or the process's on the CPU."""
+        return {"memory/peak_gib": peak_gib(self.device)}
+
+    def stop_requested(self) -> bool:
+        """Whether a signal asked any process to stop. Called at the same places on all of them."""
+        return distributed.any_process(self._signal is not None, self.device)
+
+    def interrupted(self, saved: Path) -> Interrupted:
+        """The exception that ends a run after a signal."""
+        number = self._signal or signal.SIGTERM
+        name = signal.Signals(number).name
+        return Interrupted(f"{name}: the run is saved in {saved}; give the same command again to continue", number)
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """First signal: finish safely. Second: stop at once."""
+        if self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = number
+        self.say(f"{signal.Signals(number).name}: saving at the next safe place; once more to stop at once")
+
+    def save(self, parts: Parts) -> Path:
+        """Write a checkpoint of the run as it stands; returns where."""
+        folder = self.folder / "checkpoints"
+        if self.is_main:
+            checkpoint.save(folder, parts.clock, parts.policy.state_dict(), parts.state_dict(), self.run.checkpoints.keep)
+        distributed.barrier()
+        return checkpoint.path_of(folder, parts.clock.iteration)
+
+    def restore(self, parts: Parts) -> None:
+        """Continue from the checkpoint that was chosen at the start, if any, and rewind the curves to it."""
+        if self.start is None:
+            return
+        if (self.start / "manifest.json").is_file():
+            source, found = self.start.parent.parent, checkpoint.load(self.start, self.device)
+        else:
+            source, found = self.start.parent, checkpoint.load_newest(self.start, self.device, self.warn)
+        assert found is not None  # open_folder saw a checkpoint
+        clock, weights, state = found
+        try:
+            parts.policy.load_state_dict(weights)
+            parts.load_state_dict(state)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"the checkpoint in {source} does not fit this config: {error}") from error
+        for field in fields(clock):
+            setattr(parts.clock, field.name, getattr(clock, field.name))
+        if self.is_main and source != self.folder:
+            shutil.copyfile(source / "metrics.jsonl", self.folder / "metrics.jsonl")
+        self.tracker.rewind(clock.iteration + 1)
+        self.say(f"continuing from iteration {clock.iteration} of {source}")
+
+
+@contextmanager
+def launch(run: Run, resume: str) -> Iterator[Context]:
+    """Processes, folder, trackers and signal handlers of a run; undone at the end whatever happens."""
+    if not torch.cuda.is_available():
+        keep_heap()
+    state = PartialState()
+    folder, start = _agree(*(open_folder(run, resume) if state.is_main_process else (None, None)))
+    accelerator = Accelerator(**accelerator_arguments(run, folder))
+    context = Context(run, accelerator, folder, start)
+    if context.is_main:
+        write_run_files(folder, run)
+    with Progress(context.is_main, run.iterations, _iterations_done(start)) as progress:
+        context.progress = progress
+        context.tracker = Tracker(folder, accelerator, run)
+        handlers = {n: signal.signal(n, context.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield context
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            context.tracker.close()
+
+
+def _iterations_done(start: Path | None) -> int:
+    """Iterations that the newest checkpoint stands for, for the progress bar."""
+    if start is None:
+        return 0
+    newest = start if (start / "manifest.json").is_file() else checkpoint.available(start)[-1]
+    return checkpoint.iteration_of(newest)
+
+
+def _agree(folder: Any, start: Any) -> tuple[Path, Path | None]:
+    """The main process's choice of folder, on all processes."""
+    box: list[Any] = [folder, start]
+    if distributed.world_size() > 1:
+        torch.distributed.broadcast_object_list(box, src=0)
+    return box[0], box[1]
+
+
+def open_folder(run: Run, resume: str) -> tuple[Path, Path | None]:
+    """Choose the run folder and the checkpoint (or folder of checkpoints) to start from. Never overwrites a run.
+
+    auto: continue `run_dir` if it holds checkpoints. never: start in the next free folder (`demo-2`). A path: start in the
+    next free folder from that checkpoint or run folder. Raises ConfigError when settings changed that must not.
+    """
+    folder = run.run_dir
+    if resume == "auto":
+        checkpoints = folder / "checkpoints"
+        if checkpoint.available(checkpoints):
+            check_same(folder, run)
+            return folder, checkpoints
+        return (free_folder(folder), None)
+    if resume == "never":
+        return free_folder(folder), None
+    source = Path(resume)
+    if (source / "checkpoints").is_dir():
+        check_same(source, run)
+        return free_folder(folder), source / "checkpoints"
+    if (source / "manifest.json").is_file():
+        check_same(source.parent.parent, run)
+        return free_folder(folder), source
+    raise CheckpointError(f"--resume {resume}: no checkpoint and no run folder; use auto, never, a run folder or one of its checkpoints")
+
+
+def free_folder(folder: Path) -> Path:
+    """`folder`, or `folder`-2, -3 ... if a run lies there."""
+    number, candidate = 1, folder
+    while (candidate / "metrics.jsonl").exists() or (candidate / "config.yaml").exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def check_same(folder: Path, run: Run) -> None:
+    """Compare with the config that a run was started with. Prints harmless changes, refuses others with ConfigError."""
+    saved = folder / "config.yaml"
+    if not saved.exists():
+        return
+    trees = yaml.safe_load(saved.read_text(encoding="utf-8")), run.model_dump(mode="json")
+    old, new = ({key.replace("/", "."): value for key, value in flatten(tree).items()} for tree in trees)
+    changes = {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k != "run_dir"}
+    bad = [k for k in changes if any(f"{k}.".startswith(f"{fixed}.") for fixed in FIXED)]
+    if bad:
+        listed = "; ".join(f"{k}: {changes[k][0]} -> {changes[k][1]}" for k in bad)
+        raise ConfigError(f"{folder} was trained with other settings ({listed}). Use --resume never or another --run_dir")
+    for key, (before, after) in changes.items():
+        print(f"changed since {saved}: {key}: {before} -> {after}", flush=True)
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """All lines of metrics.jsonl."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(file)

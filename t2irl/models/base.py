@@ -1,0 +1,145 @@
+"""The interface of a model family, and what all families share: text cache, guidance, work counters."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from t2irl.config import Strict
+from t2irl.types import TextEmbeds
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ModelFamily:
+    """One family of text-to-image models, built as `ModelFamily(config, device)`, which loads the weights.
+
+    The denoiser is frozen here; `Policy` decides what is trained.
+    """
+
+    class Config(Strict):
+        """Settings that every family has."""
+
+        type: str
+        """File name in `t2irl/models/`, or `package.module:Class`."""
+        path: Path
+        """Folder of a diffusers pipeline."""
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+        """Dtype of frozen weights and of the denoiser's matrix products. Trained weights, latents and log-probabilities are
+        float32 in any case."""
+        vae_precision: Literal["fp32", "bf16"] = "fp32"
+        """Dtype of the image decoder."""
+        resolution: PositiveInt | None = None
+        """Side of the images in pixels; null: the model's own."""
+        gradient_checkpointing: bool = False
+        """Recompute activations in the backward pass: less memory, about a third more time."""
+        text_cache: NonNegativeInt = Field(4096)
+        """Encoded prompts kept in host memory; each prompt in it is encoded once per run."""
+
+    lora_targets: tuple[str, ...]
+    """Linear layers that get an adapter by default."""
+    latent_shape: tuple[int, int, int]
+    """(C, h, w) of one image's latents."""
+    denoiser: nn.Module
+    """The network whose weights are the policy."""
+
+    def __init__(self, config: Any, device: torch.device):
+        self.config, self.device = config, device
+        self.work: Counter[str] = Counter()
+        self._text: OrderedDict[str, TextEmbeds] = OrderedDict()
+
+    def encode(self, prompts: Sequence[str]) -> TextEmbeds:
+        """Encode prompts, one row each, on `device`."""
+        raise NotImplementedError
+
+    def denoise(self, latents: Tensor, t: Tensor, text: TextEmbeds) -> Tensor:
+        """Velocity v = x1 - x0 at noise levels `t` (B,), unguided, in any floating dtype."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clean latents (B, C, h, w) -> images (B, 3, H, W) float32 in [0, 1]."""
+        raise NotImplementedError
+
+    def levels(self, steps: int) -> Tensor:
+        """The model's own schedule: `steps` + 1 noise levels from about 1 to 0, float32, on `device`."""
+        raise NotImplementedError
+
+    def save_lora(self, folder: Path, weights: dict[str, Tensor]) -> Path:
+        """Write adapter weights (scale folded in) as this family's pipelines load them; returns the file."""
+        raise NotImplementedError
+
+    def save_denoiser(self, folder: Path) -> Path:
+        """Write the whole denoiser as this family's pipelines load it; returns its folder."""
+        raise NotImplementedError
+
+    def sample_pipeline(
+        self, trained: Path | None, prompt: str, latents: Tensor, steps: int, guidance: float, negative: str
+    ) -> Tensor:
+        """One image by a fresh stock pipeline, (3, H, W) float32 in [0, 1] on the CPU.
+
+        `trained`: what `save_lora` or `save_denoiser` wrote, None for the base model. `latents`: (1, C, h, w) initial noise.
+        """
+        raise NotImplementedError
+
+    def loading_snippet(self, trained: Path, prompt: str, steps: int, guidance: float, negative: str) -> str:
+        """Python that draws a picture with an exported file or folder."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def text(self, prompts: Sequence[str]) -> TextEmbeds:
+        """Rows for `prompts` on `device`; a prompt met before comes from the cache."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self._text]
+        fresh: dict[str, TextEmbeds] = {}
+        if new:
+            self.work["encoded_prompts"] += len(new)
+            rows = self.encode(new)
+            fresh = {p: rows[i : i + 1] for i, p in enumerate(new)}
+        found = [fresh[p] if p in fresh else self._text[p].to(self.device) for p in prompts]
+        for prompt in prompts:
+            if prompt in self._text:
+                self._text.move_to_end(prompt)
+            elif self.config.text_cache:
+                self._text[prompt] = fresh[prompt].to("cpu")
+        while len(self._text) > self.config.text_cache:
+            self._text.popitem(last=False)
+        return TextEmbeds.cat(found)
+
+    def velocity(self, latents: Tensor, t: Tensor, text: TextEmbeds, null: TextEmbeds | None, guidance: float) -> Tensor:
+        """Guided velocity in float32, v_null + guidance (v - v_null), both branches in one call; 1 skips v_null.
+
+        `text` has a row per image, `null` one row.
+        """
+        self.work["denoiser_forward_calls"] += 1
+        if guidance == 1 or null is None:
+            result = self._counted(latents, t, text)
+        else:
+            n = len(latents)
+            rows = TextEmbeds.cat([null[[0] * n], text])
+            v_null, v_text = self._counted(torch.cat([latents, latents]), torch.cat([t, t]), rows).chunk(2)
+            result = v_null + guidance * (v_text - v_null)
+        return result
+
+    def _counted(self, latents: Tensor, t: Tensor, text: TextEmbeds) -> Tensor:
+        images = len(latents)
+        self.work["denoiser_forward_images"] += images
+        dtype = DTYPES[self.config.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            result = self.denoise(latents, t, text)
+        if result.requires_grad:
+            result.register_hook(lambda grad: self._count_backward(images))
+        return result.float()
+
+    def _count_backward(self, images: int) -> None:
+        self.work["denoiser_backward_images"] += images
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> Tensor:
+        """Clean latents -> (B, 3, H, W) uint8 on `device`, rounded as a saved picture is."""
+        self.work["decoded_images"] += len(latents)
+        return self.decode(latents).mul(255).round().to(torch.uint8)

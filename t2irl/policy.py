@@ -1,0 +1,150 @@
+"""The policy: which weights are trained, and the named snapshots of them (reference policy, running average)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2irl.config import Run
+from t2irl.dynamics.base import Dynamics, Reduction
+from t2irl.errors import ConfigError
+from t2irl.models.base import ModelFamily
+from t2irl.registry import did_you_mean
+from t2irl.types import MicroBatch, Prediction, TextEmbeds
+
+
+class Policy:
+    """A model family's denoiser with trainable weights, guidance and dynamics.
+
+    `trained` maps names to float32 parameters; everything else is frozen. With LoRA the reference policy is the denoiser
+    without its adapters, with full fine-tuning a copy of the initial weights.
+    """
+
+    def __init__(self, run: Run, family: ModelFamily, dynamics: Dynamics, reduction: Reduction):
+        self.family, self.dynamics, self.reduction = family, dynamics, reduction
+        self.guidance_scale = run.rollout.guidance_scale
+        self.negative_prompt = run.rollout.negative_prompt
+        self.tune, self.ema = run.policy.tune, run.policy.ema
+        if self.tune.type == "lora":
+            self._add_adapters(run.seed)
+        else:
+            family.denoiser.requires_grad_(True)
+        self.trained: dict[str, torch.nn.Parameter] = {}
+        for name, parameter in family.denoiser.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+                self.trained[name] = parameter
+        self._initial = self._copy() if self.tune.type == "full" else None
+        self.average = self._copy() if self.ema is not None else None
+
+    def _add_adapters(self, seed: int) -> None:
+        from peft import LoraConfig
+
+        targets = list(self.family.lora_targets if self.tune.targets is None else self.tune.targets)
+        check_targets(self.family.denoiser, targets)
+        torch.manual_seed(seed)  # peft draws the adapters from the global generator
+        config = LoraConfig(
+            r=self.tune.rank, lora_alpha=self.tune.alpha, target_modules=targets, init_lora_weights="gaussian"
+        )
+        try:
+            self.family.denoiser.add_adapter(config)
+        except ValueError as error:  # a name that also matches a layer of another kind
+            raise ConfigError(f"policy.tune.targets = {targets}: {error}") from error
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.trained.items()}
+
+    def text(self, prompts: Sequence[str]) -> TextEmbeds:
+        """Encoded prompts, each encoded once per run."""
+        return self.family.text(prompts)
+
+    def velocity(self, latents: Tensor, t: Tensor, text: TextEmbeds, guidance: float | None = None) -> Tensor:
+        """Guided velocity, float32. Guidance defaults to the rollout's, so that rollout and update cannot differ."""
+        scale = self.guidance_scale if guidance is None else guidance
+        null = self.text([self.negative_prompt]) if scale != 1 else None
+        return self.family.velocity(latents, t, text, null, scale)
+
+    def predict(self, batch: MicroBatch) -> Prediction:
+        """Velocity, transition and log-density of a micro-batch, by the functions that the rollout used."""
+        velocity = self.velocity(batch.x, batch.t, batch.text)
+        mean, std = self.dynamics.mean_std(batch.x, velocity, batch.t, batch.t_next)
+        return Prediction(velocity, mean, std, self.dynamics.log_prob(batch.x_next, mean, std, self.reduction))
+
+    def after_update(self, update: int) -> None:
+        """Move the running average; `update` is the number of optimiser steps taken before this one.
+
+        decay = min((1 + n) / (10 + n), ema.decay) with warm-up.
+        """
+        if self.average is None or self.ema is None:
+            return
+        decay = min((1 + update) / (10 + update), self.ema.decay) if self.ema.warmup else self.ema.decay
+        shadows = [self.average[name] for name in self.trained]
+        torch._foreach_lerp_(shadows, [p.detach() for p in self.trained.values()], 1 - decay)
+
+    @contextmanager
+    def _swapped(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        kept = {name: p.data for name, p in self.trained.items()}
+        for name, p in self.trained.items():
+            p.data = weights[name]
+        try:
+            yield
+        finally:
+            for name, p in self.trained.items():
+                p.data = kept[name]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the denoiser has the running average's weights (its own without one)."""
+        if self.average is None:
+            yield
+        else:
+            with self._swapped(self.average):
+                yield
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the denoiser is the reference policy."""
+        if self._initial is not None:
+            with self._swapped(self._initial):
+                yield
+            return
+        self.family.denoiser.disable_adapters()
+        try:
+            yield
+        finally:
+            self.family.denoiser.enable_adapters()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Trained weights and their average, by `trained.<name>` and `average.<name>`."""
+        state = {f"trained.{n}": p.detach() for n, p in self.trained.items()}
+        return state | {f"average.{n}": t for n, t in (self.average or {}).items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave. Raises KeyError for a missing tensor, ValueError for another shape."""
+        with torch.no_grad():
+            for prefix, target in (("trained", self.trained), ("average", self.average or {})):
+                for name, tensor in target.items():
+                    saved = state[f"{prefix}.{name}"]
+                    if saved.shape != tensor.shape:
+                        raise ValueError(
+                            f"{prefix}.{name} has shape {tuple(saved.shape)}, expected {tuple(tensor.shape)}"
+                        )
+                    tensor.copy_(saved)
+
+
+def check_targets(denoiser: torch.nn.Module, targets: Sequence[str]) -> None:
+    """Raise ConfigError for LoRA targets that match no linear layer; peft itself notices only when none matches."""
+    linear = [name for name, module in denoiser.named_modules() if isinstance(module, torch.nn.Linear)]
+    unknown = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in linear)]
+    if unknown or not targets:
+        # Blocks have equal layers, so their number is left out: blocks.3.attn.to_q -> attn.to_q.
+        known = sorted({re.sub(r"^[^.]*\.\d+\.", "", name) for name in linear})
+        found = (
+            f"no linear layer is called {', '.join(unknown)}.{did_you_mean(unknown[0], known)}" if unknown else "empty."
+        )
+        raise ConfigError(f"policy.tune.targets: {found} Layers: {', '.join(known)}; null takes the usual ones")

@@ -1,0 +1,1 @@
+"""Regularisers, one file each: shape advantages, add loss terms, act after an update."""

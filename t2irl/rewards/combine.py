@@ -1,0 +1,71 @@
+"""All rewards of a run: built, called in batches, checked, saved together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2irl import registry
+from t2irl.errors import RunError
+from t2irl.geometry import even_chunks
+from t2irl.rewards.base import Reward
+from t2irl.types import PromptGroups
+
+
+class RewardSet:
+    """Rewards by the names they have in the config. `work` counts calls and scored images."""
+
+    def __init__(self, configs: Mapping[str, Any], device: torch.device, batch_size: int, work: Counter[str]):
+        self.rewards: dict[str, Reward] = {n: registry.build("rewards", c, device) for n, c in configs.items()}
+        self.weights = {name: reward.config.weight for name, reward in self.rewards.items()}
+        self.device, self.batch_size, self.work = device, batch_size, work
+
+    def score(self, images: Tensor, groups: PromptGroups) -> dict[str, Tensor]:
+        """Score (B, 3, H, W) uint8 pictures: name -> (B,) float32 on the CPU.
+
+        Raises RunError, with the prompt, for an infinite score, and for NaN from a reward that may not skip images.
+        """
+        scores: dict[str, list[Tensor]] = {name: [] for name in self.rewards}
+        for chunk in even_chunks(len(groups), self.batch_size):
+            pictures, part = images[chunk].to(self.device).float().div(255), groups[chunk]
+            for name, reward in self.rewards.items():
+                self.work["reward_calls"] += 1
+                self.work["scored_images"] += len(part)
+                with torch.no_grad():
+                    values = reward.score(pictures, part).float().cpu()
+                self._check(name, reward, values, part)
+                scores[name].append(values)
+        return {name: torch.cat(parts) for name, parts in scores.items()}
+
+    def _check(self, name: str, reward: Reward, values: Tensor, groups: PromptGroups) -> None:
+        if values.shape != (len(groups),):
+            raise RunError(f"reward {name!r} gave shape {tuple(values.shape)} for {len(groups)} images; expected ({len(groups)},)")
+        bad = values.isinf() | (values.isnan() if not reward.may_skip else torch.zeros_like(values, dtype=torch.bool))
+        if bad.any():
+            first = int(bad.nonzero()[0])
+            raise RunError(
+                f"reward {name!r} gave {float(values[first])} for the prompt {groups.texts[first]!r}. Scores must be finite; "
+                "a reward for which NaN means 'does not apply' declares may_skip = True"
+            )
+
+    def update(self, images: Tensor, groups: PromptGroups) -> dict[str, float]:
+        """Let trainable rewards learn from a rollout; metrics by `reward/<name>/<metric>`."""
+        metrics = {}
+        for name, reward in self.rewards.items():
+            if type(reward).update is not Reward.update:
+                found = reward.update(images.to(self.device).float().div(255), groups)
+                metrics |= {f"reward/{name}/{key}": value for key, value in found.items()}
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of every reward that has one."""
+        return {name: state for name, reward in self.rewards.items() if (state := reward.state_dict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        for name, saved in state.items():
+            self.rewards[name].load_state_dict(saved)

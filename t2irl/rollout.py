@@ -1,0 +1,90 @@
+"""Sampling: a policy and prompts -> pictures and the recorded transitions of the trained window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from t2irl.data import noise_seed
+from t2irl.dynamics.ode import Ode
+from t2irl.geometry import even_chunks
+from t2irl.policy import Policy
+from t2irl.types import PromptGroups, Trajectory
+
+ODE = Ode(Ode.Config())
+
+
+class Noise:
+    """Standard normal noise of each image, seeded by (seed, stream, prompt id, image number).
+
+    So it depends neither on the batch size nor on the number of processes. `stream` is the iteration, or a name for
+    pictures outside training. Drawn on the CPU, whose generator is the same everywhere.
+    """
+
+    def __init__(self, seed: int, stream: int | Literal["evaluation", "grid"], same_noise: bool = False):
+        self.seed, self.stream, self.same_noise = seed, stream, same_noise
+
+    def draw(self, groups: PromptGroups, count: int, shape: tuple[int, ...]) -> Tensor:
+        """(B, count, *shape) float32 on the CPU; `count` >= 1, the first is the initial latent."""
+        generator = torch.Generator()
+        noise = torch.empty(len(groups), count, *shape)
+        for row, prompt, member in zip(noise, groups.ids, groups.members, strict=True):
+            generator.manual_seed(noise_seed(self.seed, self.stream, prompt, member))
+            torch.randn(row.shape, generator=generator, out=row)
+            if self.same_noise:
+                generator.manual_seed(noise_seed(self.seed, self.stream, prompt, -1))
+                torch.randn(row[0].shape, generator=generator, out=row[0])
+        return noise
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    groups: PromptGroups,
+    levels: Tensor,
+    window: range,
+    noise: Noise,
+    batch_size: int,
+    guidance: float | None = None,
+    advance: Callable[[int], None] = lambda images: None,
+) -> Trajectory:
+    """Sample an image for each entry of `groups`.
+
+    `levels`: (N + 1,) noise levels. Timesteps in `window` follow the policy's dynamics and are recorded, all others
+    follow the ODE. An empty window gives plain deterministic pictures. `advance` is told of finished images.
+    """
+    parts = []
+    for chunk in even_chunks(len(groups), batch_size):
+        parts.append(_sample(policy, groups[chunk], levels, window, noise, guidance))
+        advance(chunk.stop - chunk.start)
+    latents, log_probs, final, images = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Trajectory(groups, latents, log_probs, levels[window.start : window.stop + 1], final, images)
+
+
+def _sample(
+    policy: Policy, groups: PromptGroups, levels: Tensor, window: range, noise: Noise, guidance: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One batch: recorded states (B, W + 1, C, h, w), log-densities (B, W), clean latents, uint8 pictures."""
+    device, size = policy.family.device, len(groups)
+    draws = noise.draw(groups, 1 + len(window), policy.family.latent_shape).to(device)
+    used = sorted(set(groups.index))  # groups keep all prompts of the rollout, a batch needs a few
+    text = policy.text([groups.prompts[i] for i in used])[[used.index(i) for i in groups.index]]
+    x = draws[:, 0]
+    states, log_probs = [x] if 0 in window else [], []
+    for step in range(len(levels) - 1):
+        t, t_next = levels[step].expand(size), levels[step + 1].expand(size)
+        v = policy.velocity(x, t, text, guidance)
+        if step in window:
+            mean, std = policy.dynamics.mean_std(x, v, t, t_next)
+            x = policy.dynamics.sample(mean, std, draws[:, 1 + step - window.start])
+            log_probs.append(policy.dynamics.log_prob(x, mean, std, policy.reduction))
+        else:
+            x = ODE.mean_std(x, v, t, t_next)[0]
+        if step + 1 in window or step in window:
+            states.append(x)
+    if not window:
+        return x.new_empty(size, 0), x.new_empty(size, 0), x, policy.family.pictures(x)
+    return torch.stack(states, 1), torch.stack(log_probs, 1), x, policy.family.pictures(x)

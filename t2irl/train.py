@@ -1,0 +1,163 @@
+"""The loop: prompts -> rollout -> score -> learn -> advantages -> policy update -> show and keep -> again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from t2irl import registry
+from t2irl.advantages import group_advantages
+from t2irl.algorithms.base import Algorithm
+from t2irl.batches import micro_batches, updates
+from t2irl.config import Run
+from t2irl.data import images_of, load_prompts, overlap, prompt_ids
+from t2irl.finish import finish, show
+from t2irl.geometry import Geometry
+from t2irl.launch import Context, launch
+from t2irl.monitor import UpdateLog, iteration_metrics
+from t2irl.models.base import ModelFamily
+from t2irl.optimizer import Optimizer
+from t2irl.policy import Policy
+from t2irl.regularizers.base import Regularizer
+from t2irl.rewards.combine import RewardSet
+from t2irl.rollout import Noise, rollout
+from t2irl.types import Clock, PromptGroups, TrainingImages
+from t2irl.utils import distributed
+
+
+@dataclass
+class Parts:
+    """Everything that a run is built from; what has state is in the checkpoint."""
+
+    family: ModelFamily
+    policy: Policy
+    algorithm: Algorithm
+    rewards: RewardSet
+    heldout: RewardSet
+    regularizers: dict[str, Regularizer]
+    optimizer: Optimizer
+    prompts: Sequence[str]
+    heldout_prompts: Sequence[str]
+    geometry: Geometry
+    clock: Clock
+
+    def state_dict(self) -> dict[str, Any]:
+        """State besides the policy's weights and the clock."""
+        found = {name: state for name, r in self.regularizers.items() if (state := r.state_dict())}
+        return {"optimizer": self.optimizer.state_dict(), "rewards": self.rewards.state_dict(), "regularizers": found}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rewards.load_state_dict(state["rewards"])
+        for name, saved in state["regularizers"].items():
+            self.regularizers[name].load_state_dict(saved)
+
+
+def build(run: Run, ctx: Context) -> Parts:
+    """Load and construct everything; cheap checks come before heavy loading."""
+    geometry = Geometry.of(run, distributed.world_size())
+    prompts, heldout_prompts = load_prompts(run.data.prompts, "data.prompts"), load_prompts(run.data.heldout, "data.heldout")
+    prompt_ids(0, len(prompts), run.rollout.prompts, run.seed)  # refuses a file that is too short
+    for note in (*prompts.notes, *heldout_prompts.notes):
+        ctx.say(note)
+    if both := overlap(prompts, heldout_prompts):
+        ctx.warn(f"{len(both)} prompts are in data.prompts and in data.heldout, so they are not held out, for example {both[0]!r}")
+    dynamics = registry.build("dynamics", run.rollout.dynamics)
+    algorithm = registry.build("algorithms", run.algorithm)
+    regularizers = {name: registry.build("regularizers", config) for name, config in run.regularizers.items()}
+    family = registry.build("models", run.model, ctx.device)
+    policy = Policy(run, family, dynamics, algorithm.reduction)
+    rewards, heldout = (
+        RewardSet(configs, ctx.device, run.rollout.batch_size, family.work) for configs in (run.rewards, run.heldout_rewards)
+    )
+    optimizer = Optimizer(run, list(policy.trained.values()), geometry.total_updates, ctx.device)
+    return Parts(
+        family, policy, algorithm, rewards, heldout, regularizers, optimizer, prompts.texts, heldout_prompts.texts, geometry, Clock()
+    )  # fmt: skip
+
+
+def train(run: Run, *, resume: str = "auto") -> Path:
+    """Train, and return the folder of the run. `resume`: auto, never, or the path of a run or checkpoint."""
+    with launch(run, resume) as ctx:
+        parts = build(run, ctx)
+        ctx.restore(parts)
+        policy, geometry, clock = parts.policy, parts.geometry, parts.clock
+        levels = parts.family.levels(run.rollout.steps)
+        skip = run.update.skip_zero_advantage and not any(r.needs_all_images for r in parts.regularizers.values())
+        if clock.iteration == 0:
+            show(ctx, parts, {})
+
+        while clock.iteration < run.iterations:
+            # 1. Roll out: G images for each prompt; keep states and log-densities of the trained window.
+            iteration = clock.iteration
+            groups = own_groups(run, parts)
+            window = geometry.trained_timesteps(iteration, run.seed)
+            noise = Noise(run.seed, iteration, run.rollout.same_noise)
+            with ctx.timed("rollout", len(groups)) as advance:
+                trajectory = rollout(policy, groups, levels, window, noise, run.rollout.batch_size, advance=advance)
+            # 2. Score: {name: (B,)}; NaN means "does not apply".
+            with ctx.timed("score", 1):
+                scores = parts.rewards.score(trajectory.images, groups)
+            if ctx.stop_requested():  # nothing has changed since the iteration began
+                raise ctx.interrupted(ctx.save(parts))
+            # 3. Trainable rewards take their turn; a fixed reward makes this a no-op.
+            learned = parts.rewards.update(trajectory.images, groups)
+            # 4. Credit: group-relative, over all processes, then shaped.
+            table = {name: distributed.gather_rows(values, ctx.device) for name, values in scores.items()}
+            ids = distributed.gather_rows(torch.tensor(groups.ids), ctx.device)
+            everyone = group_advantages(table, parts.rewards.weights, ids, run.advantage)
+            first = distributed.rank() * len(groups)
+            advantages = everyone[first : first + len(groups)].float()
+            for regularizer in parts.regularizers.values():
+                advantages = regularizer.shape(advantages, trajectory)
+            # 5. Update the policy.
+            log = UpdateLog(ctx.device)
+            with ctx.timed("update", geometry.updates_per_iteration) as advance:
+                for images in updates(trajectory, advantages, geometry, run.seed, iteration, skip):
+                    update_policy(run, parts, images, trajectory.levels, log)
+                    advance()
+            clock.iteration += 1  # before saving: a resumed run starts at the next one
+            clock.images += geometry.images
+            # 6. Show and keep.
+            metrics = iteration_metrics(ctx, parts, table, ids, everyone, log) | learned
+            show(ctx, parts, metrics)
+            if clock.iteration % run.checkpoints.every == 0 or clock.iteration == run.iterations:
+                ctx.save(parts)
+            if ctx.stop_requested():
+                raise ctx.interrupted(ctx.save(parts))
+        finish(ctx, parts)
+        return ctx.folder
+
+
+def own_groups(run: Run, parts: Parts) -> PromptGroups:
+    """This process's images of the iteration: consecutive ones, so that groups are whole wherever they fit."""
+    ids = prompt_ids(parts.clock.iteration, len(parts.prompts), run.rollout.prompts, run.seed)
+    lines, members = images_of(ids, run.rollout.group_size, distributed.world_size(), distributed.rank())
+    return PromptGroups.of(parts.prompts, lines, members)
+
+
+def update_policy(run: Run, parts: Parts, images: TrainingImages, levels: torch.Tensor, log: UpdateLog) -> None:
+    """One optimiser step from the images that this process holds; gradients are summed over processes."""
+    policy, clock = parts.policy, parts.clock
+    share = 1 / (parts.geometry.images_per_update * (len(levels) - 1))
+    for batch in micro_batches(images, levels, policy, parts.prompts, run.update.batch_size, share):
+        prediction = policy.predict(batch)
+        loss = parts.algorithm.loss(prediction, batch)
+        terms = dict(loss.terms)
+        for name, regularizer in parts.regularizers.items():
+            term = regularizer.loss(policy, prediction, batch)
+            if term is not None:
+                terms[f"regularizer/{name}"] = term
+        parts.optimizer.backward(sum(terms.values()))
+        log.add(terms, loss.metrics)
+    grad_norm, lr = parts.optimizer.step(clock)
+    log.end_update(grad_norm, lr)
+    policy.after_update(clock.update)
+    clock.update += 1
+    for regularizer in parts.regularizers.values():
+        regularizer.after_update(policy, clock)

@@ -1,0 +1,114 @@
+"""What crosses processes: gathered tables, summed gradients, images dealt out evenly. No-ops with one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from t2irl.types import TrainingImages
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
+    """Rows of all processes, in process order, on the CPU. Every process has equally many; dtypes stay."""
+    if world_size() == 1:
+        return rows.cpu()
+    mine = rows.to(device).contiguous()
+    parts = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts).cpu()
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """True on all processes if it is true on one."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(int(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace every gradient by its sum over processes, in one transfer. A missing gradient counts as 0.
+
+    Loss terms are already divided by the global count, so the sum is the gradient of the whole update, whatever each
+    process held.
+    """
+    parameters = list(parameters)
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if world_size() == 1:
+        return
+    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    dist.all_reduce(flat)
+    start = 0
+    for p in parameters:
+        assert p.grad is not None
+        p.grad.copy_(flat[start : start + p.numel()].view_as(p))
+        start += p.numel()
+
+
+def transfers(counts: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Moves (from, to, how many) after which all processes hold equally many images, within one."""
+    total, n = sum(counts), len(counts)
+    # The remainder stays where most is, so that no image moves without need.
+    order = sorted(range(n), key=lambda r: -counts[r])
+    target = [0] * n
+    for place, process in enumerate(order):
+        target[process] = total // n + (place < total % n)
+    surplus = [[r, counts[r] - target[r]] for r in range(n) if counts[r] > target[r]]
+    moves = []
+    for r in range(n):
+        missing = target[r] - counts[r]
+        while missing > 0:
+            giver = surplus[0]
+            moved = min(missing, giver[1])
+            moves.append((giver[0], r, moved))
+            missing -= moved
+            giver[1] -= moved
+            if giver[1] == 0:
+                surplus.pop(0)
+    return moves
+
+
+def balance(images: TrainingImages, device: torch.device) -> TrainingImages:
+    """Deal the images of an update out evenly over processes. Surplus images leave from the end of their process."""
+    if world_size() == 1:
+        return images
+    counts = gather_rows(torch.tensor([len(images)]), device).tolist()
+    me, kept = rank(), len(images)
+    received: list[list[Tensor]] = []
+    operations = []
+    for source, target, n in transfers(counts):
+        if source == me:
+            kept -= n
+            parts = [x[kept : kept + n].contiguous() for x in images.tensors()]
+            operations += [dist.P2POp(dist.isend, x, target) for x in parts]
+        elif target == me:
+            parts = [x.new_empty((n, *x.shape[1:])) for x in images.tensors()]
+            operations += [dist.P2POp(dist.irecv, x, source) for x in parts]
+            received.append(parts)
+    if operations:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+    own = [x[:kept] for x in images.tensors()]
+    return TrainingImages(*(torch.cat([x, *(parts[i] for parts in received)]) for i, x in enumerate(own)))

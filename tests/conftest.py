@@ -1,0 +1,41 @@
+"""What all tests share: one thread, no network, the repository root as current folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before any import of torch or transformers, and inherited by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths in configs are relative to the repository root."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A folder for a run, not there yet."""
+    return tmp_path / "run"

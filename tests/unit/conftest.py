@@ -1,0 +1,66 @@
+"""A random CLIP and some pictures for the tests of rewards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
+
+from t2irl import registry
+from t2irl.rewards.base import Reward
+from t2irl.shapes.captions import sample_captions
+from t2irl.shapes.render import SIZE, render, sample_scene
+from t2irl.types import PromptGroups
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP in the format of assets/tiny-clip: float16 weights, a tokenizer of single letters."""
+    folder = tmp_path_factory.mktemp("clip")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = [*alphabet, *(a + "</w>" for a in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(symbols)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    shared = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"bos_token_id": len(symbols) - 2, "eos_token_id": len(symbols) - 1, "pad_token_id": len(symbols) - 1}
+    text = shared | special | {"vocab_size": len(symbols), "max_position_embeddings": 77}
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config=text, vision_config=shared | {"image_size": SIZE, "patch_size": 8}, projection_dim=16
+    )
+    CLIPModel(config).half().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures() -> tuple[Tensor, PromptGroups]:
+    """48 pictures, float in [0, 1], every third drawn for another caption; 24 prompts of two images each."""
+    rng = np.random.default_rng(21)
+    prompts = sample_captions(24, rng)
+    shown = [prompts[(i + 7 * (i % 3 == 0)) % 24] for i in range(48)]
+    drawn = np.stack([render(sample_scene(caption, rng)) for caption in shown])
+    images = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255
+    return images, PromptGroups.of([c.text for c in prompts], [i % 24 for i in range(48)], [i // 24 for i in range(48)])
+
+
+@pytest.fixture
+def make(clip_folder: Path) -> Callable[..., Reward]:
+    """Build a reward by name on the CPU."""
+
+    def build(name: str, **settings: Any) -> Reward:
+        if name == "tiny_clip":
+            settings = {"path": clip_folder} | settings
+        config = registry.find("rewards", name).Config.model_validate({"type": name} | settings)
+        return registry.build("rewards", config, torch.device("cpu"))
+
+    return build
