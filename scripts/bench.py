@@ -55,7 +55,11 @@ def bare_rollout(parts: Parts, steps: int, batch_size: int, images: int) -> None
     with torch.no_grad():
         for chunk in even_chunks(images, batch_size):
             n = chunk.stop - chunk.start
-            x, t, rows = torch.randn(n, *family.latent_shape, device=family.device), torch.full((n,), 0.5), text[[0] * n]
+            x, t, rows = (
+                torch.randn(n, *family.latent_shape, device=family.device),
+                torch.full((n,), 0.5),
+                text[[0] * n],
+            )
             for _ in range(steps):
                 parts.policy.velocity(x, t.to(family.device), rows)
 
@@ -66,7 +70,10 @@ def bare_update(parts: Parts, rows: list[list[int]]) -> None:
     text = parts.policy.text(parts.prompts[:1])
     for sizes in rows:
         for n in sizes:
-            x, t = torch.randn(n, *family.latent_shape, device=family.device), torch.full((n,), 0.5, device=family.device)
+            x, t = (
+                torch.randn(n, *family.latent_shape, device=family.device),
+                torch.full((n,), 0.5, device=family.device),
+            )
             parts.policy.velocity(x, t, text[[0] * n]).sum().backward()
         parts.optimizer.adamw.zero_grad(set_to_none=True)
 
@@ -76,9 +83,15 @@ def iteration(run, parts: Parts, timer: Timer, number: int) -> None:
     levels = parts.family.levels(run.rollout.steps)
     parts.clock.iteration = number
     groups, window = own_groups(run, parts), parts.geometry.trained_timesteps(number, run.seed)
-    trajectory = timer("rollout", lambda: rollout(parts.policy, groups, levels, window, Noise(run.seed, number), run.rollout.batch_size))
+    trajectory = timer(
+        "rollout",
+        lambda: rollout(parts.policy, groups, levels, window, Noise(run.seed, number), run.rollout.batch_size),
+    )
     timer("bare rollout", lambda: bare_rollout(parts, run.rollout.steps, run.rollout.batch_size, len(groups)))
-    timer("decode", lambda: [parts.family.pictures(trajectory.final[c]) for c in even_chunks(len(groups), run.rollout.batch_size)])
+    timer(
+        "decode",
+        lambda: [parts.family.pictures(trajectory.final[c]) for c in even_chunks(len(groups), run.rollout.batch_size)],
+    )
     timer("score", lambda: parts.rewards.score(trajectory.images, groups))
     # No advantage is 0 here, so that nothing is skipped and both arms do the same work.
     advantages = torch.randn(len(groups), generator=torch.Generator().manual_seed(number))
@@ -92,7 +105,10 @@ def iteration(run, parts: Parts, timer: Timer, number: int) -> None:
     timer("update", real)
     share = 1.0
     rows = [
-        [len(b.t) for b in micro_batches(i, trajectory.levels, parts.policy, parts.prompts, run.update.batch_size, share)]
+        [
+            len(b.t)
+            for b in micro_batches(i, trajectory.levels, parts.policy, parts.prompts, run.update.batch_size, share)
+        ]
         for i in chosen
     ]
     timer("bare update", lambda: bare_update(parts, rows))

@@ -11,7 +11,9 @@ from t2irl.config import Advantage
 from t2irl.errors import RunError
 
 
-def group_advantages(scores: Mapping[str, Tensor], weights: Mapping[str, float], groups: Tensor, config: Advantage) -> Tensor:
+def group_advantages(
+    scores: Mapping[str, Tensor], weights: Mapping[str, float], groups: Tensor, config: Advantage
+) -> Tensor:
     """Advantages of all images of an iteration, (N,) float64, clamped to +-`config.clip`.
 
     `scores`: reward name -> (N,), NaN where a reward does not apply. `groups`: (N,) int64, equal for images of a group.
@@ -71,8 +73,12 @@ def constant_groups(values: Tensor, groups: Tensor, floor: float) -> Tensor:
     """(N,) bool: images of groups whose values span no more than `floor`."""
     index = torch.unique(groups, return_inverse=True)[1]
     size = int(index.max()) + 1
-    high = torch.full((size,), -torch.inf, dtype=torch.float64).scatter_reduce(0, index, values.nan_to_num(-torch.inf), "amax")
-    low = torch.full((size,), torch.inf, dtype=torch.float64).scatter_reduce(0, index, values.nan_to_num(torch.inf), "amin")
+    high = torch.full((size,), -torch.inf, dtype=torch.float64).scatter_reduce(
+        0, index, values.nan_to_num(-torch.inf), "amax"
+    )
+    low = torch.full((size,), torch.inf, dtype=torch.float64).scatter_reduce(
+        0, index, values.nan_to_num(torch.inf), "amin"
+    )
     return (high - low <= floor)[index]
 
 

@@ -87,7 +87,9 @@ def load(path: Path, device: torch.device) -> tuple[Clock, dict[str, Tensor], di
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
 
 
-def load_newest(folder: Path, device: torch.device, say: Callable[[str], None]) -> tuple[Clock, dict[str, Tensor], dict[str, Any]] | None:
+def load_newest(
+    folder: Path, device: torch.device, say: Callable[[str], None]
+) -> tuple[Clock, dict[str, Tensor], dict[str, Any]] | None:
     """The newest readable checkpoint, None when there is none. Damaged ones are reported and passed over.
 
     Raises CheckpointError when there are checkpoints but none can be read: starting afresh would overwrite the run.

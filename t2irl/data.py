@@ -21,10 +21,10 @@ BOM = "\ufeff"
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a file, each once."""
+    """The prompts of a file."""
 
     texts: tuple[str, ...]
-    """In the file's order. A prompt's id is its place here."""
+    """In the file's order. A prompt's id is its place here; one that stands there twice is drawn twice as often."""
     notes: tuple[str, ...]
     """What the user should know about the file, one sentence each."""
 
@@ -41,19 +41,15 @@ def load_prompts(path: Path, key: str) -> Prompts:
     where = f"{key} = {path}"
     lines = _lines(path, where)
     read = _json_lines if path.suffix.lower() == ".jsonl" else _text_lines
-    texts: dict[str, int] = {}
-    repeated: list[str] = []
+    texts: list[str] = []
     for number, text in read(lines, where):
         text = text.replace(BOM, "").strip()
         _check(text, f"{where}, line {number}")
-        if text in texts:
-            repeated.append(f"line {number} repeats line {texts[text]}")
-        else:
-            texts[text] = number
+        texts.append(text)
+    different = len(set(texts))
     notes = []
-    if repeated:
-        shown = "; ".join(repeated[:3]) + ("; ..." if len(repeated) > 3 else "")
-        notes.append(f"{where}: {len(repeated)} repeated prompt{'s' * (len(repeated) > 1)} dropped ({shown})")
+    if different < len(texts):
+        notes.append(f"{where}: {len(texts)} prompts, {different} different; repeated ones are drawn more often")
     return Prompts(tuple(texts), tuple(notes))
 
 
@@ -136,7 +132,7 @@ def overlap(train: Prompts, heldout: Prompts) -> tuple[str, ...]:
 
 
 def prompt_ids(iteration: int, n_prompts: int, per_iteration: int, seed: int) -> np.ndarray:
-    """The prompts of an iteration, (per_iteration,) int64, all different; equal on all processes.
+    """The prompts of an iteration, (per_iteration,) int64, no line twice; equal on all processes.
 
     The list is passed over again and again, each time in a fresh order seeded by (seed, pass). A pass holds as many
     iterations as fit; the prompts left over at its end are met in the next one. Raises ConfigError if `per_iteration`
@@ -144,7 +140,7 @@ def prompt_ids(iteration: int, n_prompts: int, per_iteration: int, seed: int) ->
     """
     if per_iteration > n_prompts:
         raise ConfigError(
-            f"rollout.prompts = {per_iteration}: data.prompts holds only {n_prompts} different prompts; use at most {n_prompts}, "
+            f"rollout.prompts = {per_iteration}: data.prompts holds only {n_prompts} prompts; use at most {n_prompts}, "
             "or a longer file"
         )
     turn, place = divmod(iteration, n_prompts // per_iteration)

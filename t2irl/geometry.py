@@ -239,8 +239,8 @@ def _dynamics(g: Geometry) -> Iterator[str]:
         )
     elif dynamics.model_dump().get("noise_level") == 0:
         yield "rollout.dynamics.noise_level = 0: transitions without noise have no density to train with; use more than 0"
-    elif dynamics.type == "cps" and g.run.rollout.last_step_stochastic:
+    elif g.run.rollout.last_step_stochastic and not registry.find("dynamics", dynamics.type).last_step_has_density:
         yield (
-            "rollout.last_step_stochastic = true with rollout.dynamics.type = cps: the last step of cps is deterministic by "
+            f"rollout.last_step_stochastic = true with rollout.dynamics.type = {dynamics.type}: its last step is deterministic by "
             "itself and has no density; set it to false, or use flow_sde or dance_sde"
         )

@@ -20,7 +20,7 @@ from accelerate import Accelerator, PartialState
 
 from t2irl import checkpoint
 from t2irl.config import Run
-from t2irl.errors import CheckpointError, ConfigError, Interrupted
+from t2irl.errors import CheckpointError, ConfigError, Interrupted, UserError
 from t2irl.utils import distributed
 from t2irl.utils.memory import keep_heap, peak_gib
 from t2irl.utils.progress import Progress
@@ -97,7 +97,9 @@ class Context:
         """Write a checkpoint of the run as it stands; returns where."""
         folder = self.folder / "checkpoints"
         if self.is_main:
-            checkpoint.save(folder, parts.clock, parts.policy.state_dict(), parts.state_dict(), self.run.checkpoints.keep)
+            checkpoint.save(
+                folder, parts.clock, parts.policy.state_dict(), parts.state_dict(), self.run.checkpoints.keep
+            )
         distributed.barrier()
         return checkpoint.path_of(folder, parts.clock.iteration)
 
@@ -130,7 +132,7 @@ def launch(run: Run, resume: str) -> Iterator[Context]:
     if not torch.cuda.is_available():
         keep_heap()
     state = PartialState()
-    folder, start = _agree(*(open_folder(run, resume) if state.is_main_process else (None, None)))
+    folder, start = _agree(run, resume, state.is_main_process)
     accelerator = Accelerator(**accelerator_arguments(run, folder))
     context = Context(run, accelerator, folder, start)
     if context.is_main:
@@ -155,12 +157,19 @@ def _iterations_done(start: Path | None) -> int:
     return checkpoint.iteration_of(newest)
 
 
-def _agree(folder: Any, start: Any) -> tuple[Path, Path | None]:
-    """The main process's choice of folder, on all processes."""
-    box: list[Any] = [folder, start]
+def _agree(run: Run, resume: str, is_main: bool) -> tuple[Path, Path | None]:
+    """The main process's choice of folder, or its refusal, on all processes."""
+    box: list[Any] = [None]
+    if is_main:
+        try:
+            box = [open_folder(run, resume)]
+        except UserError as error:
+            box = [error]
     if distributed.world_size() > 1:
         torch.distributed.broadcast_object_list(box, src=0)
-    return box[0], box[1]
+    if isinstance(box[0], UserError):
+        raise box[0]
+    return box[0]
 
 
 def open_folder(run: Run, resume: str) -> tuple[Path, Path | None]:
@@ -185,7 +194,9 @@ def open_folder(run: Run, resume: str) -> tuple[Path, Path | None]:
     if (source / "manifest.json").is_file():
         check_same(source.parent.parent, run)
         return free_folder(folder), source
-    raise CheckpointError(f"--resume {resume}: no checkpoint and no run folder; use auto, never, a run folder or one of its checkpoints")
+    raise CheckpointError(
+        f"--resume {resume}: no checkpoint and no run folder; use auto, never, a run folder or one of its checkpoints"
+    )
 
 
 def free_folder(folder: Path) -> Path:
@@ -204,11 +215,17 @@ def check_same(folder: Path, run: Run) -> None:
         return
     trees = yaml.safe_load(saved.read_text(encoding="utf-8")), run.model_dump(mode="json")
     old, new = ({key.replace("/", "."): value for key, value in flatten(tree).items()} for tree in trees)
-    changes = {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k != "run_dir"}
+    changes = {
+        k: (old.get(k), new.get(k))
+        for k in sorted(old.keys() | new.keys())
+        if old.get(k) != new.get(k) and k != "run_dir"
+    }
     bad = [k for k in changes if any(f"{k}.".startswith(f"{fixed}.") for fixed in FIXED)]
     if bad:
         listed = "; ".join(f"{k}: {changes[k][0]} -> {changes[k][1]}" for k in bad)
-        raise ConfigError(f"{folder} was trained with other settings ({listed}). Use --resume never or another --run_dir")
+        raise ConfigError(
+            f"{folder} was trained with other settings ({listed}). Use --resume never or another --run_dir"
+        )
     for key, (before, after) in changes.items():
         print(f"changed since {saved}: {key}: {before} -> {after}", flush=True)
 

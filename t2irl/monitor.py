@@ -48,7 +48,9 @@ class UpdateLog:
 
     def metrics(self) -> dict[str, float]:
         """Means over transitions and updates, all processes together."""
-        everything = {n: torch.cat([*self.first.get(n, []), *self.values.get(n, [])]) for n in {**self.first, **self.values}}
+        everything = {
+            n: torch.cat([*self.first.get(n, []), *self.values.get(n, [])]) for n in {**self.first, **self.values}
+        }
         names = {"ratio": "ratio_mean"}
         found = {f"policy/{names.get(n, n)}": v for n, v in self._means(everything).items() if n != "log_ratio_abs"}
         first = {n: torch.cat(v) for n, v in self.first.items()}
@@ -90,13 +92,17 @@ def iteration_metrics(
         metrics[f"reward/{name}/std_within_group"] = within_group_std(values[applies], ids[applies])
     total = total_score(scores, parts.rewards.weights)
     metrics["reward/total/mean"] = float(total.mean())
-    metrics["advantage/zero_variance_groups"] = float(constant_groups(total, ids, ctx.run.advantage.floor).float().mean())
+    metrics["advantage/zero_variance_groups"] = float(
+        constant_groups(total, ids, ctx.run.advantage.floor).float().mean()
+    )
     metrics["advantage/abs_mean"] = float(advantages.abs().mean())
     metrics |= log.metrics()
     metrics["policy/omitted_timesteps"] = 1 - parts.geometry.window_size / ctx.run.rollout.steps
     _check_first_ratio(ctx, parts, metrics)
     work = torch.tensor([[parts.family.work[name] for name in WORK]])
-    metrics |= {f"work/{n}": v for n, v in zip(WORK, distributed.gather_rows(work, ctx.device).sum(0).tolist(), strict=True)}
+    metrics |= {
+        f"work/{n}": v for n, v in zip(WORK, distributed.gather_rows(work, ctx.device).sum(0).tolist(), strict=True)
+    }
     parts.family.work.clear()
     seconds = ctx.take_seconds()
     metrics |= seconds | {"time/iteration_s": sum(seconds.values())}

@@ -13,13 +13,14 @@ from t2irl import registry
 from t2irl.advantages import group_advantages
 from t2irl.algorithms.base import Algorithm
 from t2irl.batches import micro_batches, updates
+from t2irl.check import describe
 from t2irl.config import Run
 from t2irl.data import images_of, load_prompts, overlap, prompt_ids
 from t2irl.finish import finish, show
 from t2irl.geometry import Geometry
 from t2irl.launch import Context, launch
-from t2irl.monitor import UpdateLog, iteration_metrics
 from t2irl.models.base import ModelFamily
+from t2irl.monitor import UpdateLog, iteration_metrics
 from t2irl.optimizer import Optimizer
 from t2irl.policy import Policy
 from t2irl.regularizers.base import Regularizer
@@ -61,19 +62,24 @@ class Parts:
 def build(run: Run, ctx: Context) -> Parts:
     """Load and construct everything; cheap checks come before heavy loading."""
     geometry = Geometry.of(run, distributed.world_size())
-    prompts, heldout_prompts = load_prompts(run.data.prompts, "data.prompts"), load_prompts(run.data.heldout, "data.heldout")
+    ctx.say(describe(run, distributed.world_size()) if ctx.is_main else "")
+    prompts, heldout_prompts = (
+        load_prompts(run.data.prompts, "data.prompts"),
+        load_prompts(run.data.heldout, "data.heldout"),
+    )
     prompt_ids(0, len(prompts), run.rollout.prompts, run.seed)  # refuses a file that is too short
-    for note in (*prompts.notes, *heldout_prompts.notes):
-        ctx.say(note)
     if both := overlap(prompts, heldout_prompts):
-        ctx.warn(f"{len(both)} prompts are in data.prompts and in data.heldout, so they are not held out, for example {both[0]!r}")
+        ctx.warn(
+            f"{len(both)} prompts are in data.prompts and in data.heldout, so they are not held out, for example {both[0]!r}"
+        )
     dynamics = registry.build("dynamics", run.rollout.dynamics)
     algorithm = registry.build("algorithms", run.algorithm)
     regularizers = {name: registry.build("regularizers", config) for name, config in run.regularizers.items()}
     family = registry.build("models", run.model, ctx.device)
     policy = Policy(run, family, dynamics, algorithm.reduction)
     rewards, heldout = (
-        RewardSet(configs, ctx.device, run.rollout.batch_size, family.work) for configs in (run.rewards, run.heldout_rewards)
+        RewardSet(configs, ctx.device, run.rollout.batch_size, family.work)
+        for configs in (run.rewards, run.heldout_rewards)
     )
     optimizer = Optimizer(run, list(policy.trained.values()), geometry.total_updates, ctx.device)
     return Parts(
@@ -91,6 +97,11 @@ def train(run: Run, *, resume: str = "auto") -> Path:
         skip = run.update.skip_zero_advantage and not any(r.needs_all_images for r in parts.regularizers.values())
         if clock.iteration == 0:
             show(ctx, parts, {})
+        elif clock.iteration >= run.iterations and (ctx.folder / "summary.json").exists():
+            ctx.say(
+                f"{ctx.folder} is complete ({clock.iteration} iterations). Give more --iterations, or --resume never for a new run"
+            )
+            return ctx.folder
 
         while clock.iteration < run.iterations:
             # 1. Roll out: G images for each prompt; keep states and log-densities of the trained window.

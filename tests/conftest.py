@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before any import of torch or transformers, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,3 +41,19 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_dir(tmp_path: Path) -> Path:
     """A folder for a run, not there yet."""
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tests.tiny.make_sd3` without the folder: each set of arguments is made once. For tests that only read."""
+    from tests.tiny import make_sd3
+
+    made: dict[str, Path] = {}
+
+    def folder(**settings: Any) -> Path:
+        key = repr(sorted(settings.items()))
+        if key not in made:
+            made[key] = make_sd3(tmp_path_factory.mktemp("sd3"), **settings)
+        return made[key]
+
+    return folder

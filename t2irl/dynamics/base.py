@@ -30,6 +30,9 @@ class Dynamics:
     stochastic = True
     """Whether transitions have a density to train with."""
 
+    last_step_has_density = True
+    """Whether the step to noise level 0 can be stochastic."""
+
     def __init__(self, config: Any):
         self.config = config
 

@@ -28,6 +28,8 @@ class Cps(Dynamics):
         """The transition's Gaussian log-density, or -||x_next - mean||^2 as in the released code, which weighs a step by
         2 std^2; clip ranges do not carry over between the two."""
 
+    last_step_has_density = False
+
     def mean_std(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation."""
         clean, noise = predictions(x, v, t)

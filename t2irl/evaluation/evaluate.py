@@ -41,19 +41,28 @@ def sample_fixed(
 
 
 def evaluate(
-    policy: Policy, run: Run, prompts: Sequence[str], rewards: Sequence[RewardSet], advance: Callable[[int], None] = lambda images: None
+    policy: Policy,
+    run: Run,
+    prompts: Sequence[str],
+    rewards: Sequence[RewardSet],
+    advance: Callable[[int], None] = lambda images: None,
 ) -> dict[str, float]:
     """Mean of every measure over `run.evaluation.images` pictures, of the averaged weights. Equal on all processes."""
     part = (distributed.rank(), distributed.world_size())
     with policy.averaged():
-        groups, images = sample_fixed(policy, run, prompts, run.evaluation.images, Noise(run.seed, "evaluation"), advance, part)
+        groups, images = sample_fixed(
+            policy, run, prompts, run.evaluation.images, Noise(run.seed, "evaluation"), advance, part
+        )
     means: dict[str, float] = {}
     for reward_set in rewards:
-        scores = reward_set.score(images, groups) if len(groups) else {name: torch.empty(0) for name in reward_set.rewards}
+        scores = (
+            reward_set.score(images, groups) if len(groups) else {name: torch.empty(0) for name in reward_set.rewards}
+        )
         for name, values in scores.items():
             applies = values[~values.isnan()].double()
             table = distributed.gather_rows(
-                torch.stack([applies.sum(), torch.tensor(float(len(applies)), dtype=torch.float64)])[None], policy.family.device
+                torch.stack([applies.sum(), torch.tensor(float(len(applies)), dtype=torch.float64)])[None],
+                policy.family.device,
             )
             total, number = table.sum(0).tolist()
             means[name] = total / number if number else float("nan")

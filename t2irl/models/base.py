@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
-from torch import Tensor, nn
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
 
 from t2irl.config import Strict
 from t2irl.types import TextEmbeds
@@ -39,15 +39,15 @@ class ModelFamily:
         """Side of the images in pixels; null: the model's own."""
         gradient_checkpointing: bool = False
         """Recompute activations in the backward pass: less memory, about a third more time."""
-        text_cache: NonNegativeInt = Field(4096)
+        text_cache: NonNegativeInt = 4096
         """Encoded prompts kept in host memory; each prompt in it is encoded once per run."""
 
     lora_targets: tuple[str, ...]
     """Linear layers that get an adapter by default."""
     latent_shape: tuple[int, int, int]
     """(C, h, w) of one image's latents."""
-    denoiser: nn.Module
-    """The network whose weights are the policy."""
+    denoiser: Any
+    """The network whose weights are the policy: a diffusers model with `add_adapter`."""
 
     def __init__(self, config: Any, device: torch.device):
         self.config, self.device = config, device
@@ -110,7 +110,9 @@ class ModelFamily:
             self._text.popitem(last=False)
         return TextEmbeds.cat(found)
 
-    def velocity(self, latents: Tensor, t: Tensor, text: TextEmbeds, null: TextEmbeds | None, guidance: float) -> Tensor:
+    def velocity(
+        self, latents: Tensor, t: Tensor, text: TextEmbeds, null: TextEmbeds | None, guidance: float
+    ) -> Tensor:
         """Guided velocity in float32, v_null + guidance (v - v_null), both branches in one call; 1 skips v_null.
 
         `text` has a row per image, `null` one row.

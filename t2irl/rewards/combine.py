@@ -43,7 +43,9 @@ class RewardSet:
 
     def _check(self, name: str, reward: Reward, values: Tensor, groups: PromptGroups) -> None:
         if values.shape != (len(groups),):
-            raise RunError(f"reward {name!r} gave shape {tuple(values.shape)} for {len(groups)} images; expected ({len(groups)},)")
+            raise RunError(
+                f"reward {name!r} gave shape {tuple(values.shape)} for {len(groups)} images; expected ({len(groups)},)"
+            )
         bad = values.isinf() | (values.isnan() if not reward.may_skip else torch.zeros_like(values, dtype=torch.bool))
         if bad.any():
             first = int(bad.nonzero()[0])

@@ -21,7 +21,11 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 """Object colours, RGB in 0..255."""
 
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (245, 245, 245), "black": (20, 20, 20), "gray": (130, 130, 130)}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (245, 245, 245),
+    "black": (20, 20, 20),
+    "gray": (130, 130, 130),
+}
 """Background colours, RGB in 0..255."""
 
 SHAPES = ("circle", "square", "triangle", "star")
@@ -70,21 +74,24 @@ def _article(color: str) -> str:
 def parse_caption(text: str) -> Caption:
     """Read a caption of the grammar. Raises ValueError, quoting the text, for anything else."""
     for kind, pattern in _PATTERNS.items():
-        found = pattern.fullmatch(text)
-        if not found:
-            continue
-        g = found.groups()
-        if kind == "single":
-            return Caption(kind, g[2], ((g[0], g[1]),))
-        if kind == "count":
-            return Caption(kind, g[3], ((g[1], g[2]),) * COUNTS[g[0]])
-        if kind == "pair":
-            return Caption(kind, g[4], ((g[0], g[1]), (g[2], g[3])))
-        return Caption(kind, g[5], ((g[0], g[1]), (g[3], g[4])), g[2])
+        if found := pattern.fullmatch(text):
+            caption = _caption(kind, found.groups())
+            if caption.text == text:  # the pattern takes "a orange" too, the grammar does not
+                return caption
     raise ValueError(
         f"not a caption of the shapes world: {text!r}. Known forms: 'a red circle on a white background', "
         "'two red circles on ...', 'a red circle and a blue star on ...', 'a red circle left of a blue star on ...'."
     )
+
+
+def _caption(kind: str, g: tuple[str, ...]) -> Caption:
+    if kind == "single":
+        return Caption(kind, g[2], ((g[0], g[1]),))
+    if kind == "count":
+        return Caption(kind, g[3], ((g[1], g[2]),) * COUNTS[g[0]])
+    if kind == "pair":
+        return Caption(kind, g[4], ((g[0], g[1]), (g[2], g[3])))
+    return Caption(kind, g[5], ((g[0], g[1]), (g[3], g[4])), g[2])
 
 
 def all_captions(kind: str) -> Iterator[Caption]:

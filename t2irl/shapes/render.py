@@ -32,7 +32,12 @@ EXTENT = {
     "star": (STAR_OUTER * _COS18, STAR_OUTER, STAR_OUTER * _COS36),
 }
 """Reach of each shape from (cx, cy): sideways, up and down, in radii."""
-CORNER = {"circle": 1.0, "square": SQUARE_HALF * math.sqrt(2), "triangle": TRIANGLE_OUTER + TRIANGLE_SHIFT, "star": STAR_OUTER}
+CORNER = {
+    "circle": 1.0,
+    "square": SQUARE_HALF * math.sqrt(2),
+    "triangle": TRIANGLE_OUTER + TRIANGLE_SHIFT,
+    "star": STAR_OUTER,
+}
 """Distance of each shape's farthest point from (cx, cy), in radii."""
 
 

@@ -12,7 +12,18 @@ from scipy import ndimage
 from torch import Tensor
 
 from t2irl.shapes.captions import BACKGROUNDS, COLORS, SHAPES, parse_caption
-from t2irl.shapes.render import SIZE, STAR_INNER, STAR_OUTER, TRIANGLE_OUTER, TRIANGLE_SHIFT, Object, Scene, coverage, holds, inside, render
+from t2irl.shapes.render import (
+    SIZE,
+    STAR_INNER,
+    STAR_OUTER,
+    TRIANGLE_OUTER,
+    TRIANGLE_SHIFT,
+    Object,
+    Scene,
+    holds,
+    inside,
+    render,
+)
 
 MIN_PIXELS = 40
 """A component smaller than this is not an object."""
@@ -34,7 +45,9 @@ _AREA = {
 def _to_pixels(images: Tensor) -> np.ndarray:
     """(B, 3, H, W) float in [0, 1] or uint8 -> (B, 64, 64, 3) float32 in 0..255, rounded as a saved picture is."""
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2:] != (SIZE, SIZE):
-        raise ValueError(f"the shapes verifier takes pictures of shape (B, 3, {SIZE}, {SIZE}), got {tuple(images.shape)}")
+        raise ValueError(
+            f"the shapes verifier takes pictures of shape (B, 3, {SIZE}, {SIZE}), got {tuple(images.shape)}"
+        )
     if images.dtype != torch.uint8:
         images = (images.detach().float().clamp(0, 1) * 255).round()
     return images.permute(0, 2, 3, 1).float().cpu().numpy()
@@ -85,11 +98,14 @@ def _fit(cover: np.ndarray, x0: int, y0: int) -> tuple[str, float, float, float]
         r = math.sqrt(area / _AREA[shape])
         cy = my - TRIANGLE_SHIFT * r if shape == "triangle" else my
         # Four samples a pixel are enough to tell shapes apart; the final redraw uses all sixteen.
-        drawn = sum(
-            inside(shape, (xs + ox - mx) / r, (ys + oy - cy) / r).astype(np.float32)
-            for ox in (-0.25, 0.25)
-            for oy in (-0.25, 0.25)
-        ) / 4
+        drawn = (
+            sum(
+                inside(shape, (xs + ox - mx) / r, (ys + oy - cy) / r).astype(np.float32)
+                for ox in (-0.25, 0.25)
+                for oy in (-0.25, 0.25)
+            )
+            / 4
+        )
         common = float(np.minimum(drawn, cover).sum())
         iou = common / float(area + drawn.sum() - common)
         if iou > best_iou:
@@ -114,7 +130,9 @@ def _parse(pixels: np.ndarray) -> list[Scene]:
         step = PALETTE[color] - paper
         # How far each pixel has moved from the background to the object's colour: its antialiased coverage.
         cover = np.clip((pixels[picture, y0:y1, x0:x1] - paper) @ step / (step @ step), 0, 1)
-        near = ndimage.binary_dilation(np.pad(mask, [(rows.start - y0, y1 - rows.stop), (columns.start - x0, x1 - columns.stop)]), iterations=2)
+        near = ndimage.binary_dilation(
+            np.pad(mask, [(rows.start - y0, y1 - rows.stop), (columns.start - x0, x1 - columns.stop)]), iterations=2
+        )
         other = (labels[picture, y0:y1, x0:x1] < len(COLORS)) & (labels[picture, y0:y1, x0:x1] != color)
         solid = other & ndimage.binary_erosion(other, np.ones((2, 2), bool))
         shape, cx, cy, r = _fit(np.where(near & ~solid, cover, 0.0), x0, y0)

@@ -33,7 +33,9 @@ def changes_for(folder: Path, model: Mapping[str, Any] | None = None, **others: 
     return {"model": family, "rollout": rollout, **others}
 
 
-def one_update(changes: Mapping[str, Any], skip: bool = True, advantages: Tensor | None = None) -> tuple[Tensor, dict[str, float], Parts]:
+def one_update(
+    changes: Mapping[str, Any], skip: bool = True, advantages: Tensor | None = None
+) -> tuple[Tensor, dict[str, float], Parts]:
     """Gradient (one vector), metrics and parts of the first update."""
     run = toy_run(changes)
     parts = toy_parts(run)
@@ -89,7 +91,9 @@ def test_accumulation_and_skipping_change_no_gradient(folder: Path) -> None:
     window = {"window": {"type": "fixed", "start": 0, "size": 3}}
     advantages = torch.tensor([1.0, 0, -2, 0, 0.5, 0, 0, 1.5])
     whole, _, everything = one_update(changes_for(folder, rollout=window), skip=False, advantages=advantages)
-    parted, _, survivors = one_update(changes_for(folder, rollout=window, update={"batch_size": 3}), advantages=advantages)
+    parted, _, survivors = one_update(
+        changes_for(folder, rollout=window, update={"batch_size": 3}), advantages=advantages
+    )
     assert error(parted, whole) < 1e-5
     assert torch.cosine_similarity(parted, whole, dim=0).item() >= 0.999999
     assert everything.family.work["denoiser_backward_images"] == 8 * 3
@@ -127,7 +131,9 @@ def test_only_adapters_move(folder: Path) -> None:
     trajectory = toy_rollout(run, parts)
     log = UpdateLog(CPU)
     for _ in range(2):  # the A matrices get a gradient once the B matrices are not 0
-        for images in updates(trajectory, advantages_of(trajectory, parts, run), parts.geometry, run.seed, 0, skip=True):
+        for images in updates(
+            trajectory, advantages_of(trajectory, parts, run), parts.geometry, run.seed, 0, skip=True
+        ):
             update_policy(run, parts, images, trajectory.levels, log)
     still = {n for n, p in parts.family.denoiser.named_parameters() if torch.equal(p, before[n])}
     # The last block drops the text's output, so its adapter there has nothing to learn from.

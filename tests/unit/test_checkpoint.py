@@ -69,7 +69,12 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for iteration in (5, 10, 95, 100):
         write(tmp_path, iteration, keep=2)
     assert [checkpoint.iteration_of(p) for p in checkpoint.available(tmp_path)] == [95, 100]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["iteration_000095", "iteration_000100", "iteration_best", "notes.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "iteration_000095",
+        "iteration_000100",
+        "iteration_best",
+        "notes.txt",
+    ]
 
 
 def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
@@ -118,7 +123,9 @@ def test_broken_files_are_checkpoint_errors(tmp_path: Path, name: str, how: str)
         checkpoint.load(path, CPU)
 
 
-@pytest.mark.parametrize("manifest", ["{}", "[]", '{"clock": 1, "sha256": {}}', '{"clock": {"hour": 1}, "sha256": {}}', '{"sha256": []}'])
+@pytest.mark.parametrize(
+    "manifest", ["{}", "[]", '{"clock": 1, "sha256": {}}', '{"clock": {"hour": 1}, "sha256": {}}', '{"sha256": []}']
+)
 def test_strange_manifests_are_checkpoint_errors(tmp_path: Path, manifest: str) -> None:
     """A manifest that is JSON but not ours."""
     path = write(tmp_path, 3)

@@ -214,7 +214,7 @@ def test_fields(capsys: pytest.CaptureFixture[str]) -> None:
         (["check", "CONFIG", "--seed", "1", "other.yaml"], "unexpected argument 'other.yaml'"),
         (["check", "CONFIG", "--proceses", "2"], "unknown key"),
         (["check", "CONFIG", "--rollout.prompts", "50", "--processes", "3"], "Use 48 or 51 prompts"),
-        (["check", "CONFIG", "--rollout.prompts", "44"], "holds only 40 different prompts"),
+        (["check", "CONFIG", "--rollout.prompts", "44"], "holds only 40 prompts"),
         (["check", "CONFIG", "--data.prompts", "missing.txt"], "data.prompts = missing.txt: no such file"),
         (["check", "CONFIG", "--model.path", "missing"], "model.path = missing: no such folder"),
         (["check", "missing.yaml"], "config file missing.yaml: no such file"),

@@ -52,13 +52,11 @@ def test_json_lines(tmp_path: Path) -> None:
     assert load_prompts(file_of(tmp_path, content, "p.jsonl"), "data.prompts").texts == ("a red circle", "caf\u00e9")
 
 
-def test_repeated_prompts_are_dropped_with_a_note(tmp_path: Path) -> None:
+def test_repeated_prompts_stay_with_a_note(tmp_path: Path) -> None:
     path = file_of(tmp_path, "a\nb\n a\nc\nb\n")
     found = load_prompts(path, "data.heldout")
-    assert found.texts == ("a", "b", "c")
-    assert found.notes == (
-        f"data.heldout = {path}: 2 repeated prompts dropped (line 3 repeats line 1; line 5 repeats line 2)",
-    )
+    assert found.texts == ("a", "b", "a", "c", "b")
+    assert found.notes == (f"data.heldout = {path}: 5 prompts, 3 different; repeated ones are drawn more often",)
 
 
 @pytest.mark.parametrize(

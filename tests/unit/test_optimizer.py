@@ -31,7 +31,9 @@ def run_with(settings: Mapping[str, Any] | None = None, precision: str = "fp32")
     )
 
 
-def make(settings: Mapping[str, Any] | None = None, total: int = 10, precision: str = "fp32") -> tuple[Optimizer, nn.Parameter]:
+def make(
+    settings: Mapping[str, Any] | None = None, total: int = 10, precision: str = "fp32"
+) -> tuple[Optimizer, nn.Parameter]:
     """An optimiser of one parameter, the vector (3, 4)."""
     parameter = nn.Parameter(torch.tensor([3.0, 4.0]))
     return Optimizer(run_with(settings, precision), [parameter], total, CPU), parameter
@@ -203,7 +205,9 @@ def test_state_survives_a_file(tmp_path) -> None:
     assert torch.equal(after.adamw.state[continued]["exp_avg_sq"], before.adamw.state[parameter]["exp_avg_sq"])
 
 
-@pytest.mark.parametrize("bad", [{"lr": 0}, {"lr": "fast"}, {"betas": (0.9, 1.0)}, {"max_grad_norm": 0}, {"schedule": "step"}])
+@pytest.mark.parametrize(
+    "bad", [{"lr": 0}, {"lr": "fast"}, {"betas": (0.9, 1.0)}, {"max_grad_norm": 0}, {"schedule": "step"}]
+)
 def test_senseless_settings_are_refused(bad: Mapping[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(bad))):
         run_with(bad)
