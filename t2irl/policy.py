@@ -48,13 +48,11 @@ class Policy:
         targets = list(self.family.lora_targets if self.tune.targets is None else self.tune.targets)
         check_targets(self.family.denoiser, targets)
         torch.manual_seed(seed)  # peft draws the adapters from the global generator
-        config = LoraConfig(
-            r=self.tune.rank, lora_alpha=self.tune.alpha, target_modules=targets, init_lora_weights="gaussian"
+        self.family.denoiser.add_adapter(
+            LoraConfig(
+                r=self.tune.rank, lora_alpha=self.tune.alpha, target_modules=targets, init_lora_weights="gaussian"
+            )
         )
-        try:
-            self.family.denoiser.add_adapter(config)
-        except ValueError as error:  # a name that also matches a layer of another kind
-            raise ConfigError(f"policy.tune.targets = {targets}: {error}") from error
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.trained.items()}
@@ -138,13 +136,24 @@ class Policy:
 
 
 def check_targets(denoiser: torch.nn.Module, targets: Sequence[str]) -> None:
-    """Raise ConfigError for LoRA targets that match no linear layer; peft itself notices only when none matches."""
-    linear = [name for name, module in denoiser.named_modules() if isinstance(module, torch.nn.Linear)]
-    unknown = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in linear)]
-    if unknown or not targets:
-        # Blocks have equal layers, so their number is left out: blocks.3.attn.to_q -> attn.to_q.
-        known = sorted({re.sub(r"^[^.]*\.\d+\.", "", name) for name in linear})
-        found = (
-            f"no linear layer is called {', '.join(unknown)}.{did_you_mean(unknown[0], known)}" if unknown else "empty."
-        )
-        raise ConfigError(f"policy.tune.targets: {found} Layers: {', '.join(known)}; null takes the usual ones")
+    """Raise ConfigError for LoRA targets that do not match linear layers alone.
+
+    peft itself notices only when no target matches any layer, or prints a whole block.
+    """
+    layers = dict(denoiser.named_modules())
+    linear = [name for name, module in layers.items() if isinstance(module, torch.nn.Linear)]
+    # Blocks have equal layers, so their number is left out: blocks.3.attn.to_q -> attn.to_q.
+    known = sorted({re.sub(r"^[^.]*\.\d+\.", "", name) for name in linear})
+    choices = f"Layers: {', '.join(known)}; null takes the usual ones"
+    if not targets:
+        raise ConfigError(f"policy.tune.targets is empty. {choices}")
+    for target in targets:
+        matches = [name for name in layers if f".{name}".endswith(f".{target}")]  # peft's rule
+        if not set(matches) & set(linear):
+            hint = did_you_mean(target, known)
+            raise ConfigError(f"policy.tune.targets: no linear layer is called {target!r}.{hint} {choices}")
+        others = [name for name in matches if name not in linear]
+        if others:
+            raise ConfigError(
+                f"policy.tune.targets: {target!r} also matches {others[0]}, which is no linear layer; write more of the name. {choices}"
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -124,10 +124,10 @@ class SD3(ModelFamily):
 
         Text encoders and image decoder, which no training touches, are those in memory: a second T5 may not fit.
         """
-        shared = {k: part for k, part in self.pipe.components.items() if part is not None and k != "transformer"}
+        shared = {name: part for name, part in self.pipe.components.items() if name != "transformer"}
         whole = trained is not None and trained.is_dir()
         source = trained if whole else self.config.path / "transformer"
-        with quiet():
+        with quiet(hints=False):
             fresh = type(self.denoiser).from_pretrained(source, torch_dtype=self.dtype)
             pipe = type(self.pipe).from_pretrained(self.config.path, transformer=fresh.to(self.device), **shared)
             if trained is not None and not whole:
@@ -155,9 +155,8 @@ class SD3(ModelFamily):
         lines += [""]
         if whole:
             lines += [f"transformer = SD3Transformer2DModel.from_pretrained({str(trained)!r}, {dtype})"]
-        lines += [
-            f"pipe = StableDiffusion3Pipeline.from_pretrained({base!r}, {'transformer=transformer, ' * whole}{dtype})"
-        ]
+        parts = "transformer=transformer, " * whole + "".join(f"{name}=None, " for name in absent(self.pipe.components))
+        lines += [f"pipe = StableDiffusion3Pipeline.from_pretrained({base!r}, {parts}{dtype})"]
         if not whole:
             lines += [f"pipe.load_lora_weights({str(trained.parent)!r}, weight_name={trained.name!r})"]
         if self.device.type != "cpu":
@@ -227,11 +226,11 @@ def load_pipeline(path: Path, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any
     """A StableDiffusion3Pipeline from a local folder. Raises DataError naming what is missing or wrong."""
     from diffusers import StableDiffusion3Pipeline
 
-    _check_index(path)
-    dtypes = {"default": dtype, "vae": vae_dtype}
+    index = _read_index(path)
+    arguments = {"torch_dtype": {"default": dtype, "vae": vae_dtype}, **dict.fromkeys(absent(index))}
     try:
         with quiet():
-            pipe = StableDiffusion3Pipeline.from_pretrained(path, torch_dtype=dtypes, local_files_only=True)
+            pipe = StableDiffusion3Pipeline.from_pretrained(path, local_files_only=True, **arguments)
     # diffusers, transformers, tokenizers and safetensors each report a bad file in their own way.
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise DataError(f"model.path = {path}: the pipeline does not load: {error}") from error
@@ -239,8 +238,16 @@ def load_pipeline(path: Path, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any
     return pipe
 
 
-def _check_index(path: Path) -> None:
-    """Refuse a folder that is no SD3 pipeline, or lacks a part that its index promises."""
+def absent(parts: Mapping[str, Any]) -> list[str]:
+    """Text encoders and tokenizers that a pipeline's components, or the entries of a model_index.json, do without.
+
+    diffusers loads a folder that says so only if it is told again: `from_pretrained(folder, text_encoder_3=None, ...)`.
+    """
+    return [name for name in (*ENCODERS, *ENCODERS.values()) if parts.get(name) in (None, [None, None])]
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """model_index.json. Refuses a folder that is no SD3 pipeline, or lacks a part that its index promises."""
     file = path / "model_index.json"
     if not file.is_file():
         raise DataError(
@@ -257,6 +264,7 @@ def _check_index(path: Path) -> None:
         # Without its folder a tokenizer would load all the same, with an empty vocabulary.
         if isinstance(entry, list) and entry and entry[0] is not None and not (path / name).is_dir():
             raise DataError(f"model.path = {path}: the folder {name}, which model_index.json names, is missing")
+    return index
 
 
 def _check_parts(path: Path, pipe: Any) -> None:
@@ -284,19 +292,25 @@ def _check_parts(path: Path, pipe: Any) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No loading bars of diffusers and transformers, which would break into the run's own progress display."""
+def quiet(hints: bool = True) -> Iterator[None]:
+    """No loading bars of diffusers and transformers, which would break into the run's own progress display.
+
+    Without `hints` diffusers does not say either that a LoRA holds nothing for the text encoders.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    shown = transformers_logging.is_progress_bar_enabled()
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), diffusers_logging.get_verbosity()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    if not hints:
+        diffusers_logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions say dtype, older ones know torch_dtype only
             yield
     finally:
+        diffusers_logging.set_verbosity(verbosity)
         if shown:
             diffusers_logging.enable_progress_bar()
             transformers_logging.enable_progress_bar()

@@ -94,7 +94,8 @@ def test_accumulation_and_skipping_change_no_gradient(folder: Path) -> None:
     parted, _, survivors = one_update(
         changes_for(folder, rollout=window, update={"batch_size": 3}), advantages=advantages
     )
-    assert error(parted, whole) < 1e-5
+    # A random network of this depth amplifies rounding; a wrong share or a lost image would be an error of order 1.
+    assert error(parted, whole) < 1e-3
     assert torch.cosine_similarity(parted, whole, dim=0).item() >= 0.999999
     assert everything.family.work["denoiser_backward_images"] == 8 * 3
     assert survivors.family.work["denoiser_backward_images"] == 4 * 3

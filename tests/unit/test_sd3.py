@@ -43,8 +43,9 @@ def policy(folder: Path, guidance: float = 1.0, **settings: Any) -> Policy:
 
 
 def stock(folder: Path) -> StableDiffusion3Pipeline:
-    """The pipeline as anyone loads it."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder)
+    """The pipeline as anyone loads it, who must say which text encoders are not there."""
+    index = json.loads((folder / "model_index.json").read_text())
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder, **{k: None for k, v in index.items() if v == [None, None]})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -104,7 +105,8 @@ def test_encoding_is_the_stock_pipelines(sd3_folder: Folder, settings: dict[str,
     folder = sd3_folder(**settings)
     model, pipe = family(folder), stock(folder)
     for prompt in (*PROMPTS, "", "zebra " * 40, "Ωmega\tθ 漢字"):
-        tokens, _, pooled, _ = pipe.encode_prompt(prompt, None, None, max_sequence_length=LENGTH)
+        with torch.no_grad():
+            tokens, _, pooled, _ = pipe.encode_prompt(prompt, None, None, max_sequence_length=LENGTH)
         found = model.encode([prompt])
         assert torch.equal(found.tokens, tokens)
         assert torch.equal(found.pooled, pooled)
@@ -218,7 +220,7 @@ def use_heun(folder: Path) -> None:
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BAD = {
-    "no folder": (lambda f: shutil.rmtree(f), "model_index.json is missing"),
+    "no folder": (shutil.rmtree, "model_index.json is missing"),
     "no index": (lambda f: (f / "model_index.json").unlink(), "model_index.json is missing"),
     "broken index": (lambda f: rewrite(f, "model_index.json", '{"_class_name": '), "not readable JSON"),
     "index in another encoding": (lambda f: (f / "model_index.json").write_bytes(b'{"a": "\xff"}'), "not readable JSON"),
