@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from t2irl.config import Run
+from t2irl.config import Lora, Run
 from t2irl.errors import RunError
 from t2irl.models.base import DTYPES
 from t2irl.policy import Policy
@@ -42,6 +42,7 @@ def lora_weights(policy: Policy) -> dict[str, Tensor]:
 
     Loaders disagree on where they read alpha from; with the scale in the weights every one of them gets it right.
     """
+    assert isinstance(policy.tune, Lora)
     scale = policy.tune.alpha / policy.tune.rank
     weights = {}
     for name, parameter in policy.trained.items():
@@ -70,8 +71,8 @@ def export(policy: Policy, run: Run, folder: Path, prompt: str) -> Exported:
     )
     _prove(target, ours, ours_base, theirs, theirs_base)
     snippet = family.loading_snippet(target, prompt, sampling.steps, sampling.guidance_scale, sampling.negative_prompt)
-    differences = [float((theirs - x).abs().max()) for x in (ours, theirs_base)]
-    result = Exported(str(target.relative_to(folder)), *differences, snippet)
+    to_policy, to_base = (float((theirs - x).abs().max()) for x in (ours, theirs_base))
+    result = Exported(str(target.relative_to(folder)), to_policy, to_base, snippet)
     (out / "README.md").write_text(_card(run, result), encoding="utf-8")
     return result
 

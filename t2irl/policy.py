@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2irl.config import Run
+from t2irl.config import Lora, Run
 from t2irl.dynamics.base import Dynamics, Reduction
 from t2irl.errors import ConfigError
 from t2irl.models.base import ModelFamily
@@ -26,12 +26,13 @@ class Policy:
     """
 
     def __init__(self, run: Run, family: ModelFamily, dynamics: Dynamics, reduction: Reduction):
-        self.family, self.dynamics, self.reduction = family, dynamics, reduction
+        self.family, self.dynamics = family, dynamics
+        self.reduction: Reduction = reduction
         self.guidance_scale = run.rollout.guidance_scale
         self.negative_prompt = run.rollout.negative_prompt
         self.tune, self.ema = run.policy.tune, run.policy.ema
-        if self.tune.type == "lora":
-            self._add_adapters(run.seed)
+        if isinstance(self.tune, Lora):
+            self._add_adapters(self.tune, run.seed)
         else:
             family.denoiser.requires_grad_(True)
         self.trained: dict[str, torch.nn.Parameter] = {}
@@ -42,16 +43,14 @@ class Policy:
         self._initial = self._copy() if self.tune.type == "full" else None
         self.average = self._copy() if self.ema is not None else None
 
-    def _add_adapters(self, seed: int) -> None:
+    def _add_adapters(self, tune: Lora, seed: int) -> None:
         from peft import LoraConfig
 
-        targets = list(self.family.lora_targets if self.tune.targets is None else self.tune.targets)
+        targets = list(self.family.lora_targets if tune.targets is None else tune.targets)
         check_targets(self.family.denoiser, targets)
         torch.manual_seed(seed)  # peft draws the adapters from the global generator
         self.family.denoiser.add_adapter(
-            LoraConfig(
-                r=self.tune.rank, lora_alpha=self.tune.alpha, target_modules=targets, init_lora_weights="gaussian"
-            )
+            LoraConfig(r=tune.rank, lora_alpha=tune.alpha, target_modules=targets, init_lora_weights="gaussian")
         )
 
     def _copy(self) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from t2irl.data import images_of, prompt_ids
 from t2irl.utils.distributed import transfers
 from tests.distributed import worker
 
@@ -141,6 +142,16 @@ def test_prompts_over_processes(two: list[dict[str, Any]]) -> None:
         assert len({line for line, _, _ in union}) == 5
         assert len(set(union)) == 40
         assert all(text == worker.PROMPTS[line] for line, _, text in union)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 5, 8])
+def test_images_over_any_number_of_processes(processes: int) -> None:
+    """Invariant 29: the same images in the same order, whether groups fit on a process or straddle two."""
+    ids = prompt_ids(3, 24, 5, 0)
+    parts = [images_of(ids, 8, processes, rank) for rank in range(processes)]
+    assert {len(lines) for lines, _ in parts} == {40 // processes}
+    union = [image for lines, members in parts for image in zip(lines, members, strict=True)]
+    assert union == [(int(line), member) for line in ids for member in range(8)]
 
 
 def test_prompts_take_turns(two: list[dict[str, Any]]) -> None:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from t2irl.batches import updates
-from t2irl.monitor import UpdateLog
-from t2irl.train import Parts, update_policy
+from t2irl.launch import launch
+from t2irl.monitor import UpdateLog, iteration_metrics
+from t2irl.train import Parts, build, update_policy
 from t2irl.types import Trajectory
-from tests.invariants.toy import a_batch, advantages_of, toy_parts, toy_rollout, toy_run
+from tests.invariants.toy import PROMPTS, a_batch, advantages_of, toy_parts, toy_rollout, toy_run
 from tests.tiny import make_sd3
 
 CPU = torch.device("cpu")
@@ -157,3 +158,31 @@ def test_guidance_1_skips_the_negative_branch(folder: Path) -> None:
             conditional = parts.family.denoise(x, t, text)
             assert torch.equal(parts.policy.velocity(x, t, text), conditional) == (scale == 1)
     assert work == {1.0: (8 * 4, 2), 4.0: (2 * 8 * 4, 3)}
+
+
+def test_an_iteration_reports_its_omitted_share_and_its_work(folder: Path, tmp_path: Path) -> None:
+    """Invariant 13 (what is not trained is said) and V8: every forward, backward, decode, encode and reward call is due."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    data = {"prompts": tmp_path / "prompts.txt", "heldout": tmp_path / "prompts.txt"}
+    window = {"window": {"type": "fixed", "start": 0, "size": 2}}
+    others = {
+        "update": {"per_iteration": 2, "batch_size": 3},
+        "run_dir": tmp_path / "run",
+        "tracking": {"trackers": ()},
+    }
+    run = toy_run(changes_for(folder, rollout=window, data=data, **others))
+    with launch(run, "never") as ctx:
+        parts = build(run, ctx)
+        trajectory = toy_rollout(run, parts)
+        scores = parts.rewards.score(trajectory.images, trajectory.groups)
+        advantages = torch.tensor([1.0, -1.0] * 4)
+        log = UpdateLog(CPU)
+        for images in updates(trajectory, advantages, parts.geometry, run.seed, 0, skip=True):
+            update_policy(run, parts, images, trajectory.levels, log)
+        metrics = iteration_metrics(ctx, parts, scores, torch.tensor(trajectory.groups.ids), advantages, log)
+    assert metrics["policy/omitted_timesteps"] == pytest.approx(1 - 2 / 4)
+    work = {name.removeprefix("work/"): value for name, value in metrics.items() if name.startswith("work/")}
+    assert work == {
+        "denoiser_forward_calls": 4 + 2 * 2, "denoiser_forward_images": 8 * 4 + 8 * 2, "denoiser_backward_images": 8 * 2,
+        "decoded_images": 8, "encoded_prompts": 2, "reward_calls": 1, "scored_images": 8,
+    }  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +10,8 @@ import torch
 from torch import Tensor
 
 from t2irl.batches import micro_batches, updates
-from t2irl.launch import launch
-from t2irl.monitor import UpdateLog, iteration_metrics
-from t2irl.train import Parts, build, update_policy
+from t2irl.monitor import UpdateLog
+from t2irl.train import Parts, update_policy
 from tests.invariants.toy import PROMPTS, advantages_of, toy_parts, toy_rollout, toy_run, weights_of
 
 CPU = torch.device("cpu")
@@ -164,29 +162,3 @@ def test_updates_of_an_iteration_split_the_gradient_evenly() -> None:
                 total += torch.cat([g.flatten() for g in grads]) / per_iteration
         gradients.append(total)
     assert_same_gradient(gradients[1], gradients[0])
-
-
-def test_an_iteration_reports_its_omitted_share_and_its_work(tmp_path: Path) -> None:
-    """Invariant 13 (what is not trained is said) and V8: every forward, backward, decode, encode and reward call is due."""
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
-    data = {"prompts": tmp_path / "prompts.txt", "heldout": tmp_path / "prompts.txt"}
-    run = toy_run(
-        {**WINDOW_3, "update": {"per_iteration": 2, "batch_size": 5}, "data": data, "run_dir": tmp_path / "run",
-         "tracking": {"trackers": ()}}
-    )  # fmt: skip
-    with launch(run, "never") as ctx:
-        parts = build(run, ctx)
-        trajectory = toy_rollout(run, parts)
-        scores = parts.rewards.score(trajectory.images, trajectory.groups)
-        advantages = advantages_of(trajectory, parts, run)
-        log = UpdateLog(CPU)
-        for images in updates(trajectory, advantages, parts.geometry, run.seed, 0, skip=True):
-            update_policy(run, parts, images, trajectory.levels, log)
-        metrics = iteration_metrics(ctx, parts, scores, torch.tensor(trajectory.groups.ids), advantages, log)
-    assert metrics["policy/omitted_timesteps"] == pytest.approx(1 - 3 / 5)
-    assert bool(advantages.all())
-    work = {name.removeprefix("work/"): value for name, value in metrics.items() if name.startswith("work/")}
-    assert work == {
-        "denoiser_forward_calls": 5 + 2 * 2, "denoiser_forward_images": 16 * 5 + 16 * 3, "denoiser_backward_images": 16 * 3,
-        "decoded_images": 16, "encoded_prompts": 4, "reward_calls": 2, "scored_images": 32,
-    }  # fmt: skip
