@@ -14,11 +14,14 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from t2irl.batches import micro_batches, updates
+from t2irl.config import Run
 from t2irl.geometry import even_chunks
 from t2irl.launch import launch
 from t2irl.loading import load_run
@@ -31,9 +34,10 @@ class Timer:
     """Seconds by name."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds = device, {}
+        self.device = device
+        self.seconds: dict[str, list[float]] = {}
 
-    def __call__(self, name: str, work) -> object:
+    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
         """Run `work()` and note its time."""
         self.sync()
         started = time.perf_counter()
@@ -78,7 +82,7 @@ def bare_update(parts: Parts, rows: list[list[int]]) -> None:
         parts.optimizer.adamw.zero_grad(set_to_none=True)
 
 
-def iteration(run, parts: Parts, timer: Timer, number: int) -> None:
+def iteration(run: Run, parts: Parts, timer: Timer, number: int) -> None:
     """One iteration of the real code and its bare counterpart."""
     levels = parts.family.levels(run.rollout.steps)
     parts.clock.iteration = number

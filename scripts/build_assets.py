@@ -49,7 +49,9 @@ def null_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
     would put in its place. Its last normalisation has weight 0.
     """
     letters = [(chr(c), -2.0) for c in range(ord("a"), ord("z") + 1)]
-    tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0), *letters], extra_ids=0)
+    tokenizer = T5Tokenizer(
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0), *letters], extra_ids=0
+    )
     config = T5Config(vocab_size=32, d_model=2 * TEXT_WIDTH, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
     encoder = T5EncoderModel(config)
     nn.init.zeros_(encoder.encoder.final_layer_norm.weight)

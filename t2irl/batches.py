@@ -47,7 +47,7 @@ def micro_batches(
     steps = len(levels) - 1
     for chunk in even_chunks(len(images), size):
         part = images[chunk]
-        lines = part.prompt.tolist()
+        lines: list[int] = part.prompt.tolist()
         different = list(dict.fromkeys(lines))
         place = {line: i for i, line in enumerate(different)}
         rows = [place[line] for line in lines for _ in range(steps)]

@@ -8,7 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -21,6 +21,7 @@ from accelerate import Accelerator, PartialState
 from t2irl import checkpoint
 from t2irl.config import Run
 from t2irl.errors import CheckpointError, ConfigError, Interrupted, UserError
+from t2irl.types import Clock
 from t2irl.utils import distributed
 from t2irl.utils.memory import keep_heap, peak_gib
 from t2irl.utils.progress import Progress
@@ -36,15 +37,20 @@ FIXED = ("model", "policy.tune", "rollout.guidance_scale", "seed")
 class Context:
     """Everything about a run that is not learning: folder, device, progress, tracker, stop requests, timers."""
 
-    def __init__(self, run: Run, accelerator: Accelerator, folder: Path, start: Path | None):
-        self.run, self.accelerator, self.folder, self.start = run, accelerator, folder, start
+    def __init__(self, run: Run, accelerator: Accelerator, start: Path | None, again: str):
+        self.run, self.accelerator, self.folder, self.start = run, accelerator, run.run_dir, start
+        self.again = again
+        """How to go on after an interruption."""
         self.device = accelerator.device
         self.is_main = accelerator.is_main_process
         self.seconds: Counter[str] = Counter()
         self.warnings: list[str] = []
         self._signal: int | None = None
+        self._source: Path | None = None  # run folder of the checkpoint that was loaded
         self.progress: Progress
         self.tracker: Tracker
+        self.closing = ExitStack()
+        """What is undone at the end."""
 
     def say(self, text: str) -> None:
         """Print on the main process."""
@@ -84,7 +90,7 @@ class Context:
         """The exception that ends a run after a signal."""
         number = self._signal or signal.SIGTERM
         name = signal.Signals(number).name
-        return Interrupted(f"{name}: the run is saved in {saved}; give the same command again to continue", number)
+        return Interrupted(f"{name}: the run is saved in {saved}; {self.again} to continue", number)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """First signal: finish safely. Second: stop at once."""
@@ -104,7 +110,7 @@ class Context:
         return checkpoint.path_of(folder, parts.clock.iteration)
 
     def restore(self, parts: Parts) -> None:
-        """Continue from the checkpoint that was chosen at the start, if any, and rewind the curves to it."""
+        """Load the checkpoint that was chosen at the start, if any. Writes nothing."""
         if self.start is None:
             return
         if (self.start / "manifest.json").is_file():
@@ -120,10 +126,24 @@ class Context:
             raise CheckpointError(f"the checkpoint in {source} does not fit this config: {error}") from error
         for field in fields(clock):
             setattr(parts.clock, field.name, getattr(clock, field.name))
-        if self.is_main and source != self.folder:
-            shutil.copyfile(source / "metrics.jsonl", self.folder / "metrics.jsonl")
-        self.tracker.rewind(clock.iteration + 1)
+        self._source = source
         self.say(f"continuing from iteration {clock.iteration} of {source}")
+
+    def complete(self, clock: Clock) -> bool:
+        """Whether the run that was loaded has nothing left to do."""
+        return clock.iteration >= self.run.iterations and _summarised(self.folder) == clock.iteration
+
+    def begin(self, clock: Clock) -> None:
+        """From here on the run folder is written to: what the run is made of, and curves, rewound to where it stands."""
+        if self.is_main:
+            write_run_files(self.folder, self.run)
+            if self._source not in (None, self.folder) and (self._source / "metrics.jsonl").exists():
+                shutil.copyfile(self._source / "metrics.jsonl", self.folder / "metrics.jsonl")
+        self.tracker = Tracker(self.folder, self.accelerator, self.run)
+        self.closing.callback(self.tracker.close)
+        if self._source is not None:
+            # The line of iteration 0, before training, is written again by a run that starts there.
+            self.tracker.rewind(clock.iteration + 1 if clock.iteration else 0)
 
 
 @contextmanager
@@ -134,19 +154,18 @@ def launch(run: Run, resume: str) -> Iterator[Context]:
     state = PartialState()
     folder, start = _agree(run, resume, state.is_main_process)
     accelerator = Accelerator(**accelerator_arguments(run, folder))
-    context = Context(run, accelerator, folder, start)
-    if context.is_main:
-        write_run_files(folder, run)
+    same = resume == "auto" and folder == run.run_dir
+    again = "give the same command again" if same else f"use --resume auto --run_dir {folder}"
+    context = Context(run.model_copy(update={"run_dir": folder}), accelerator, start, again)
     with Progress(context.is_main, run.iterations, _iterations_done(start)) as progress:
         context.progress = progress
-        context.tracker = Tracker(folder, accelerator, run)
         handlers = {n: signal.signal(n, context.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield context
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            context.tracker.close()
+            context.closing.close()
 
 
 def _iterations_done(start: Path | None) -> int:
@@ -228,6 +247,12 @@ def check_same(folder: Path, run: Run) -> None:
         )
     for key, (before, after) in changes.items():
         print(f"changed since {saved}: {key}: {before} -> {after}", flush=True)
+
+
+def _summarised(folder: Path) -> int | None:
+    """The iterations that a run's summary speaks of."""
+    file = folder / "summary.json"
+    return json.loads(file.read_text())["iterations"] if file.exists() else None
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -90,18 +90,20 @@ def build(run: Run, ctx: Context) -> Parts:
 def train(run: Run, *, resume: str = "auto") -> Path:
     """Train, and return the folder of the run. `resume`: auto, never, or the path of a run or checkpoint."""
     with launch(run, resume) as ctx:
+        run = ctx.run  # its folder may be another one than asked for
         parts = build(run, ctx)
         ctx.restore(parts)
+        if ctx.complete(parts.clock):
+            ctx.say(
+                f"{ctx.folder} is complete ({parts.clock.iteration} iterations). Give more --iterations, or --resume never for a new run"
+            )
+            return ctx.folder
+        ctx.begin(parts.clock)
         policy, geometry, clock = parts.policy, parts.geometry, parts.clock
         levels = parts.family.levels(run.rollout.steps)
         skip = run.update.skip_zero_advantage and not any(r.needs_all_images for r in parts.regularizers.values())
         if clock.iteration == 0:
             show(ctx, parts, {})
-        elif clock.iteration >= run.iterations and (ctx.folder / "summary.json").exists():
-            ctx.say(
-                f"{ctx.folder} is complete ({clock.iteration} iterations). Give more --iterations, or --resume never for a new run"
-            )
-            return ctx.folder
 
         while clock.iteration < run.iterations:
             # 1. Roll out: G images for each prompt; keep states and log-densities of the trained window.

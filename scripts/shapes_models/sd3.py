@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,9 @@ def last_key_counts_as(copies: int) -> Iterator[None]:
 
 class Policy(nn.Module):
     """The text encoders and the transformer, fed exactly as StableDiffusion3Pipeline feeds them."""
+
+    null_ids: Tensor
+    """(1, 16) token ids of the empty text."""
 
     def __init__(self, tokenizer: CLIPTokenizer):
         super().__init__()
@@ -98,7 +102,7 @@ def sample(
 
 
 def heldout_score(
-    policy: Policy, vae: AutoencoderKL, tokenizer: CLIPTokenizer, n: int, **kwargs: float
+    policy: Policy, vae: AutoencoderKL, tokenizer: CLIPTokenizer, n: int, **kwargs: Any
 ) -> dict[str, float]:
     """Mean gold scores of `n` samples on held-out captions."""
     texts = [c.text for c in sample_captions(n, np.random.default_rng(11), heldout=True)]
@@ -113,7 +117,7 @@ def build_sd3(work: Path, latents: Tensor, vae: AutoencoderKL, tokenizer: CLIPTo
     its text without guidance. The target u + w (v(x, c) - v(x, null)) has its fixed point at guidance 1 / (1 - w)."""
     torch.manual_seed(seed)
     policy = Policy(tokenizer)
-    policy.null_ids = tokenize(tokenizer, [""])
+    policy.register_buffer("null_ids", tokenize(tokenizer, [""]), persistent=False)
     ids = tokenize(tokenizer, [c.text for c in training_captions(seed)])
     blocks = policy.transformer.transformer_blocks
     matrices = [p for n, p in blocks.named_parameters() if p.ndim == 2 and "norm" not in n]

@@ -44,7 +44,7 @@ class Stage:
         """Minimise `loss_at(step, generator)`; the generator depends on the step alone, so resuming repeats nothing."""
         losses: list[float] = []
         while self.step < self.steps:
-            scale = min((self.step + 1) / 150, 1.0) * float(np.interp(self.step, *self.decay))
+            scale = min((self.step + 1) / 150, 1.0) * float(np.interp(self.step, self.decay[0], self.decay[1]))
             for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * scale

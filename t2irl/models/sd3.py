@@ -34,7 +34,7 @@ class SD3(ModelFamily):
         type: Literal["sd3"] = "sd3"
         max_sequence_length: int = Field(256, ge=0, le=512)
         """T5 tokens that follow the CLIP tokens (zeros without a T5 encoder, as in the stock pipeline). Part of the function
-        that the model computes: use the same value wherever its pictures are compared. 0 leaves T5 out."""
+        that the model computes: use the same value wherever its pictures are compared. With 0 a T5 encoder is not loaded."""
 
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
@@ -44,11 +44,7 @@ class SD3(ModelFamily):
     def __init__(self, config: Any, device: torch.device):
         super().__init__(config, device)
         self.dtype = DTYPES[config.precision]
-        self.pipe = load_pipeline(config.path, self.dtype, DTYPES[config.vae_precision])
-        if config.max_sequence_length == 0 and self.pipe.text_encoder is self.pipe.text_encoder_2 is None:
-            raise ConfigError(
-                f"model.max_sequence_length = 0: T5 is the only text encoder of {config.path}; use 1 to 512, 256 is usual"
-            )
+        self.pipe = load_pipeline(config, self.dtype, DTYPES[config.vae_precision])
         for part in self.pipe.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval().to(device)
@@ -148,7 +144,7 @@ class SD3(ModelFamily):
         whole = trained.is_dir()
         classes = f"{'SD3Transformer2DModel, ' * whole}StableDiffusion3Pipeline"
         base, dtype, length = str(self.config.path), f"torch_dtype={self.dtype}", self.config.max_sequence_length
-        reads = reads_text(self.pipe, length)
+        reads = reads_text(self.pipe)
         lines = ["import torch", f"from diffusers import {classes}"]
         if not reads:
             lines += ["from t2irl.models.sd3 import prompt_arguments  # encodes what the pipeline itself cannot"]
@@ -193,7 +189,7 @@ def encode_prompts(pipe: Any, prompts: list[str], max_sequence_length: int) -> T
             tokens.append(output.hidden_states[-2])
             pooled.append(output[0])
     rows = [F.pad(torch.cat(tokens, -1), (0, settings.joint_attention_dim - sum(x.shape[-1] for x in tokens)))]
-    if pipe.text_encoder_3 is not None and max_sequence_length:
+    if pipe.text_encoder_3 is not None:
         rows.append(pipe.text_encoder_3(_ids(pipe.tokenizer_3, prompts, max_sequence_length).to(device))[0])
     else:
         rows.append(torch.zeros(count, max_sequence_length, settings.joint_attention_dim, device=device, dtype=dtype))
@@ -205,15 +201,14 @@ def _ids(tokenizer: Any, prompts: list[str], length: int) -> Tensor:
     return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
-def reads_text(pipe: Any, max_sequence_length: int) -> bool:
-    """Whether the stock code takes prompts as text: it needs both CLIP encoders, and cannot leave a T5 encoder out."""
-    both = pipe.text_encoder is not None and pipe.text_encoder_2 is not None
-    return both and (max_sequence_length > 0 or pipe.text_encoder_3 is None)
+def reads_text(pipe: Any) -> bool:
+    """Whether a pipeline takes prompts as text: the stock code needs both CLIP encoders for that."""
+    return pipe.text_encoder is not None and pipe.text_encoder_2 is not None
 
 
 def prompt_arguments(pipe: Any, prompt: str, negative: str, max_sequence_length: int) -> dict[str, Any]:
     """Arguments that tell a StableDiffusion3Pipeline its prompts: as text, or encoded where it cannot do that itself."""
-    if reads_text(pipe, max_sequence_length):
+    if reads_text(pipe):
         return {"prompt": prompt, "negative_prompt": negative, "max_sequence_length": max_sequence_length}
     text = encode_prompts(pipe, [prompt, negative], max_sequence_length)
     return {
@@ -222,12 +217,22 @@ def prompt_arguments(pipe: Any, prompt: str, negative: str, max_sequence_length:
     }  # fmt: skip
 
 
-def load_pipeline(path: Path, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
+def load_pipeline(config: SD3.Config, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
     """A StableDiffusion3Pipeline from a local folder. Raises DataError naming what is missing or wrong."""
     from diffusers import StableDiffusion3Pipeline
 
+    path = config.path
     index = _read_index(path)
-    arguments = {"torch_dtype": {"default": dtype, "vae": vae_dtype}, **dict.fromkeys(absent(index))}
+    left_out = absent(index)
+    if set(ENCODERS) <= set(left_out):
+        raise DataError(f"model.path = {path}: there is no text encoder, so pictures cannot follow prompts")
+    if config.max_sequence_length == 0:
+        left_out += ["text_encoder_3", "tokenizer_3"]
+        if set(ENCODERS) <= set(left_out):
+            raise ConfigError(
+                f"model.max_sequence_length = 0: T5 is the only text encoder of {path}; use 1 to 512, 256 is usual"
+            )
+    arguments = {"torch_dtype": {"default": dtype, "vae": vae_dtype}, **dict.fromkeys(left_out)}
     try:
         with quiet():
             pipe = StableDiffusion3Pipeline.from_pretrained(path, local_files_only=True, **arguments)
@@ -277,8 +282,6 @@ def _check_parts(path: Path, pipe: Any) -> None:
             )
         if parts[1] is not None and parts[1]("a").input_ids == parts[1]("b").input_ids:
             raise DataError(f"model.path = {path}: {tokenizer} has no vocabulary; its files are missing or empty")
-    if all(getattr(pipe, encoder) is None for encoder in ENCODERS):
-        raise DataError(f"model.path = {path}: there is no text encoder, so pictures cannot follow prompts")
     scheduler = pipe.scheduler
     if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
         raise DataError(

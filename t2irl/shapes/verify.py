@@ -98,14 +98,8 @@ def _fit(cover: np.ndarray, x0: int, y0: int) -> tuple[str, float, float, float]
         r = math.sqrt(area / _AREA[shape])
         cy = my - TRIANGLE_SHIFT * r if shape == "triangle" else my
         # Four samples a pixel are enough to tell shapes apart; the final redraw uses all sixteen.
-        drawn = (
-            sum(
-                inside(shape, (xs + ox - mx) / r, (ys + oy - cy) / r).astype(np.float32)
-                for ox in (-0.25, 0.25)
-                for oy in (-0.25, 0.25)
-            )
-            / 4
-        )
+        offsets = [(ox, oy) for ox in (-0.25, 0.25) for oy in (-0.25, 0.25)]
+        drawn = np.mean([inside(shape, (xs + ox - mx) / r, (ys + oy - cy) / r) for ox, oy in offsets], 0, np.float32)
         common = float(np.minimum(drawn, cover).sum())
         iou = common / float(area + drawn.sum() - common)
         if iou > best_iou:

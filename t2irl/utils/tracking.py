@@ -140,11 +140,12 @@ def _iteration_of(line: str) -> float:
 
 def _rewind_tensorboard(tracker: Any, iteration: int) -> None:
     """Tell TensorBoard to forget what earlier files say of `iteration` and later (what `purge_step` writes)."""
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto import event_pb2
 
+    messages: Any = event_pb2  # made by protobuf at run time
     writer = tracker.writer.file_writer
-    writer.add_event(Event(step=iteration, file_version="brain.Event:2"))
-    writer.add_event(Event(step=iteration, session_log=SessionLog(status=SessionLog.START)))
+    writer.add_event(messages.Event(step=iteration, file_version="brain.Event:2"))
+    writer.add_event(messages.Event(step=iteration, session_log=messages.SessionLog(status=messages.SessionLog.START)))
 
 
 def _run_id(folder: Path) -> str:

@@ -19,7 +19,9 @@ from t2irl import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = "tests.end_to_end.plugins"
-TRAIN = [f"a {size} {thing}" for size in ("red", "large", "flat") for thing in ("circle", "square", "photo", "triangle")]
+TRAIN = [
+    f"a {size} {thing}" for size in ("red", "large", "flat") for thing in ("circle", "square", "photo", "triangle")
+]
 """12 prompts, a third of them 'flat'."""
 HELDOUT = ["a blue circle", "two green squares", "the night sky"]
 
@@ -38,7 +40,7 @@ def base_config(folder: Path, model: Path) -> Path:
         "algorithm": {"type": "grpo", "clip_range": 1e-2},
         "rewards": {"bright": {"type": f"{PLUGINS}:Brightness"}},
         "update": {"per_iteration": 2, "batch_size": 4},
-        "optimizer": {"lr": 1e-3},
+        "optimizer": {"lr": 2e-4},
         "evaluation": {"every": 1, "images": 4},
         "grids": {"every": 0, "prompts": 2, "images": 1},
         "checkpoints": {"every": 1, "keep": 2},

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from t2irl.batches import micro_batches, updates
 from t2irl.monitor import UpdateLog
+from t2irl.rollout import Noise
 from t2irl.train import Parts, update_policy
 from tests.invariants.toy import PROMPTS, advantages_of, toy_parts, toy_rollout, toy_run, weights_of
 
@@ -19,8 +20,11 @@ FULL = {"policy": {"tune": {"type": "full"}}}
 WINDOW_3 = {"rollout": {"window": {"type": "fixed", "start": 0, "size": 3}}}
 
 
-def first_gradient(changes: Mapping[str, Any], advantages: Tensor | None = None) -> tuple[Tensor, Parts]:
-    """The gradient (one vector) of the first update of a fresh run, through `update_policy` itself.
+def first_gradient(
+    changes: Mapping[str, Any], advantages: Tensor | None = None, moved: bool = False
+) -> tuple[Tensor, Parts]:
+    """The gradient (one vector) of the first update of a run, through `update_policy` itself; `moved` disturbs the weights
+    after the rollout, since a fresh policy is its own reference and a KL term then has no gradient.
 
     AdamW's first moment after one step is (1 - beta_1) times the gradient, since the norm is not clipped here.
     """
@@ -30,6 +34,9 @@ def first_gradient(changes: Mapping[str, Any], advantages: Tensor | None = None)
     if advantages is None:
         advantages = advantages_of(trajectory, parts, run)
     images = next(updates(trajectory, advantages, parts.geometry, run.seed, 0, run.update.skip_zero_advantage))
+    generator = torch.Generator().manual_seed(0)
+    for p in parts.policy.trained.values() if moved else ():
+        p.data.add_(0.02 * torch.randn(p.shape, generator=generator))
     parts.family.work.clear()
     update_policy(run, parts, images, trajectory.levels, UpdateLog(CPU))
     moments = [parts.optimizer.adamw.state[p]["exp_avg"] for p in parts.policy.trained.values()]
@@ -100,6 +107,25 @@ def test_recorded_states_are_float32_and_stored_as_scored() -> None:
         assert torch.equal(again, trajectory.log_probs[:, k])
 
 
+def test_every_transition_has_noise_of_its_own() -> None:
+    """The noise that leads from one recorded state to the next is its image's draw of that timestep, and only that."""
+    run = toy_run({"rollout": {"window": {"type": "fixed", "start": 1, "size": 3}}})
+    parts = toy_parts(run)
+    trajectory = toy_rollout(run, parts)
+    draws = Noise(run.seed, 0).draw(trajectory.groups, 4, (2, 4, 4))
+    text = parts.policy.text(trajectory.groups.texts)
+    for k in range(3):
+        x, t, t_next = trajectory.latents[:, k], trajectory.levels[k].expand(16), trajectory.levels[k + 1].expand(16)
+        with torch.no_grad():
+            mean, std = parts.policy.dynamics.mean_std(x, parts.policy.velocity(x, t, text), t, t_next)
+        torch.testing.assert_close((trajectory.latents[:, k + 1] - mean) / std, draws[:, k + 1], rtol=1e-4, atol=1e-4)
+    flat = draws.flatten(0, 1).flatten(1)
+    similar = torch.corrcoef(flat) - torch.eye(len(flat))
+    assert similar.abs().max() < 0.8  # 64 vectors of 32 entries: a repeated one would correlate fully
+    again = Noise(run.seed, 1).draw(trajectory.groups, 4, (2, 4, 4))
+    assert not (again == draws).any()
+
+
 # 31. Accumulation and skipping.
 
 
@@ -116,9 +142,12 @@ def assert_same_gradient(found: Tensor, expected: Tensor) -> None:
 def test_gradient_does_not_depend_on_the_micro_batch(size: int, kl: bool) -> None:
     """Invariant 31: one pass of 16 images is the same update as several smaller ones, even ones or not."""
     term = {"regularizers": {"kl": {"type": "kl", "kind": "v_mse", "coefficient": 5.0}}} if kl else {}
-    whole, _ = first_gradient({**WINDOW_3, **term, **FULL})
-    parted, _ = first_gradient({**WINDOW_3, **term, **FULL, "update": {"batch_size": size}})
+    whole, _ = first_gradient({**WINDOW_3, **term, **FULL}, moved=kl)
+    parted, _ = first_gradient({**WINDOW_3, **term, **FULL, "update": {"batch_size": size}}, moved=kl)
     assert_same_gradient(parted, whole)
+    if kl:
+        without, _ = first_gradient({**WINDOW_3, **FULL}, moved=kl)
+        assert (whole - without).norm() > 0.1 * whole.norm()
 
 
 @pytest.mark.parametrize("size", [16, 3])

@@ -162,6 +162,8 @@ def test_the_printed_snippet_draws(
     card = (tmp_path / "export/README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: diffusers\n")
     assert f"```python\n{result.snippet}\n```" in card
+    # Only a pipeline that lacks a CLIP encoder, which diffusers cannot prompt by text, needs help of ours.
+    assert ("t2irl" in result.snippet) == case.endswith("CLIP")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(result.snippet, names)  # it is what the user is told to run

@@ -183,6 +183,7 @@ def test_t5_can_be_left_out(sd3_folder: Folder) -> None:
     model = family(sd3_folder(t5=True), max_sequence_length=0)
     text, whole = model.encode(PROMPTS), family(sd3_folder(t5=True)).encode(PROMPTS)
     assert torch.equal(text.tokens, whole.tokens[:, :CLIP_TOKENS])
+    assert model.pipe.text_encoder_3 is model.pipe.tokenizer_3 is None
     only_t5 = sd3_folder(t5=True, drop=("text_encoder", "text_encoder_2"))
     with pytest.raises(ConfigError, match=r"model\.max_sequence_length = 0: T5 is the only text encoder.*use 1 to 512"):
         family(only_t5, max_sequence_length=0)
