@@ -58,18 +58,22 @@ def save(folder: Path, clock: Clock, weights: dict[str, Tensor], state: dict[str
         for file in temporary.iterdir():
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
-        shutil.rmtree(target, ignore_errors=True)
+        outdated = folder / f".{target.name}.old"
+        if target.exists():  # a damaged one that the run has come back to
+            target.replace(outdated)
         temporary.replace(target)
+        shutil.rmtree(outdated, ignore_errors=True)
     # torch and safetensors report a failed write by errors of their own.
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         last = available(folder)
         kept = f"The last good checkpoint is {last[-1]}" if last else "There is no earlier checkpoint"
         raise CheckpointError(
-            f"cannot save {target}: {error}. {kept}; make room and give the same command again to continue"
+            f"cannot save {target}: {error} ({shutil.disk_usage(folder).free >> 20} MiB free there). {kept}; "
+            "make room and give the same command again to continue"
         ) from error
     for old in available(folder)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     return target
 
 

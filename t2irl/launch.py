@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
@@ -43,7 +43,7 @@ class Context:
         """How to go on after an interruption."""
         self.device = accelerator.device
         self.is_main = accelerator.is_main_process
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.warnings: list[str] = []
         self._signal: int | None = None
         self._source: Path | None = None  # run folder of the checkpoint that was loaded
@@ -207,7 +207,7 @@ def open_folder(run: Run, resume: str) -> tuple[Path, Path | None]:
     if resume == "never":
         return free_folder(folder), None
     source = Path(resume)
-    if (source / "checkpoints").is_dir():
+    if checkpoint.available(source / "checkpoints"):
         check_same(source, run)
         return free_folder(folder), source / "checkpoints"
     if (source / "manifest.json").is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,38 +47,48 @@ class UpdateLog:
         self.lr = lr
 
     def metrics(self) -> dict[str, float]:
-        """Means over transitions and updates, all processes together."""
-        everything = {
-            n: torch.cat([*self.first.get(n, []), *self.values.get(n, [])]) for n in {**self.first, **self.values}
+        """Means over transitions and updates, all processes together.
+
+        A process that held no image of any update has nothing to report, so names are gathered with the numbers.
+        """
+        first = {name: torch.cat(parts).double() for name, parts in self.first.items()}
+        every = {
+            name: torch.cat([*self.first.get(name, []), *self.values.get(name, [])]).double()
+            for name in {**self.first, **self.values}
         }
-        names = {"ratio": "ratio_mean"}
-        found = {f"policy/{names.get(n, n)}": v for n, v in self._means(everything).items() if n != "log_ratio_abs"}
-        first = {n: torch.cat(v) for n, v in self.first.items()}
-        if "log_ratio_abs" in first or distributed.world_size() > 1:
-            mine = first.get("log_ratio_abs", torch.zeros(1, device=self.device))
-            worst = distributed.gather_rows(mine.max()[None], self.device).max()
-            found["policy/log_ratio_first"] = float(worst)
-        if "ratio" in first:
-            found["policy/ratio_first"] = float(first["ratio"].mean())
-        terms = self._sum({n: t / len(self.norms) for n, t in self.terms.items()})
-        found |= {n if n.startswith("regularizer/") else f"loss/{n}": v for n, v in terms.items()}
-        found["policy/loss"] = sum(terms.values())
+        mine = {
+            "sum": {n: float(v.sum()) for n, v in every.items()},
+            "count": {n: float(len(v)) for n, v in every.items()},
+            "first sum": {n: float(v.sum()) for n, v in first.items()},
+            "first count": {n: float(len(v)) for n, v in first.items()},
+            "first max": {n: float(v.max()) for n, v in first.items()},
+            "term": {n: float(t) / len(self.norms) for n, t in self.terms.items()},
+        }
+        processes = distributed.gather_objects(mine)
+        total = {kind: _add([process[kind] for process in processes]) for kind in mine}
+        found = {_metric(n): value / total["count"][n] for n, value in total["sum"].items() if n != "log_ratio_abs"}
+        if "ratio" in total["first sum"]:
+            found["policy/ratio_first"] = total["first sum"]["ratio"] / total["first count"]["ratio"]
+        if "log_ratio_abs" in total["first sum"]:
+            found["policy/log_ratio_first"] = max(p["first max"].get("log_ratio_abs", 0.0) for p in processes)
+        found |= {n if n.startswith("regularizer/") else f"loss/{n}": value for n, value in total["term"].items()}
+        found["policy/loss"] = float(sum(total["term"].values()))
         found["policy/grad_norm"] = float(torch.stack(self.norms).mean())
         found["policy/lr"] = self.lr
         return found
 
-    def _sum(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Sums over processes of scalars."""
-        if not values:
-            return {}
-        table = distributed.gather_rows(torch.stack([v.double() for v in values.values()])[None], self.device).sum(0)
-        return dict(zip(values, table.tolist(), strict=True))
 
-    def _means(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Means over all processes' entries."""
-        sums = self._sum({n: v.double().sum() for n, v in values.items()})
-        counts = self._sum({n: torch.tensor(float(len(v)), device=self.device) for n, v in values.items()})
-        return {n: sums[n] / max(counts[n], 1.0) for n in values}
+def _metric(name: str) -> str:
+    return "policy/ratio_mean" if name == "ratio" else f"policy/{name}"
+
+
+def _add(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Sum of tables, name by name."""
+    total: dict[str, float] = {}
+    for table in tables:
+        for name, value in table.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
 
 
 def iteration_metrics(

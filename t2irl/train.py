@@ -166,7 +166,7 @@ def update_policy(run: Run, parts: Parts, images: TrainingImages, levels: torch.
             term = regularizer.loss(policy, prediction, batch)
             if term is not None:
                 terms[f"regularizer/{name}"] = term
-        parts.optimizer.backward(sum(terms.values()))
+        parts.optimizer.backward(torch.stack(list(terms.values())).sum())
         log.add(terms, loss.metrics)
     grad_norm, lr = parts.optimizer.step(clock)
     log.end_update(grad_norm, lr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,15 @@ def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
     parts = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(parts, mine)
     return torch.cat(parts).cpu()
+
+
+def gather_objects(mine: Any) -> list[Any]:
+    """Small Python objects of all processes, in process order."""
+    if world_size() == 1:
+        return [mine]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, mine)
+    return found
 
 
 def any_process(flag: bool, device: torch.device) -> bool:

@@ -169,7 +169,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str | int 
 
 def write_run_files(folder: Path, run: Run) -> None:
     """Write config.yaml (resolved), environment.json, and this command at the end of command.txt."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     write_atomic(folder / "config.yaml", text.encode())
     write_atomic(folder / "environment.json", json.dumps(environment(), indent=2, ensure_ascii=False).encode())

@@ -61,21 +61,17 @@ def command(config: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "t2irl", "train", str(config), *options]
 
 
-def environment() -> dict[str, str]:
-    """For a subprocess: this checkout, one thread, plain lines."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
-
-
-def spawn(*words: str) -> subprocess.Popen[str]:
-    """Start a command in the repository root, with its output to be read line by line."""
+def spawn(*words: str, **variables: str) -> subprocess.Popen[str]:
+    """Start a command in the repository root: one thread, more environment `variables`, output to be read line by line."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "dumb", **variables}
     return subprocess.Popen(
-        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
     )
 
 
-def call(*words: str, timeout: float = 280) -> tuple[int, str, str]:
+def call(*words: str, timeout: float = 280, **variables: str) -> tuple[int, str, str]:
     """Run a command in the repository root: exit code, standard output, standard error."""
-    process = spawn(*words)
+    process = spawn(*words, **variables)
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
