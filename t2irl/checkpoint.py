@@ -99,15 +99,17 @@ def load_newest(
     Raises CheckpointError when there are checkpoints but none can be read: starting afresh would overwrite the run.
     """
     candidates = available(folder)
+    problem: CheckpointError | None = None
     for path in reversed(candidates):
         try:
             return load(path, device)
         except CheckpointError as error:
+            problem = error
             say(f"warning: {error}; trying the one before it")
-    if candidates:
+    if problem is not None:
         raise CheckpointError(
-            f"none of the {len(candidates)} checkpoints in {folder} can be read. Move the folder away or choose another "
-            "--run_dir to start afresh"
+            f"none of the {len(candidates)} checkpoints in {folder} can be read ({problem}). Move the folder away or choose "
+            "another --run_dir to start afresh"
         )
     return None
 

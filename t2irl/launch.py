@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 
 from t2irl import checkpoint
 from t2irl.config import Run
@@ -41,7 +43,8 @@ class Context:
         self.run, self.accelerator, self.folder, self.start = run, accelerator, run.run_dir, start
         self.again = again
         """How to go on after an interruption."""
-        self.device = accelerator.device
+        # With several processes on the CPU accelerate numbers it, and cpu:1 is a device that nothing can be loaded to.
+        self.device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
         self.is_main = accelerator.is_main_process
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.warnings: list[str] = []
@@ -151,9 +154,10 @@ def launch(run: Run, resume: str) -> Iterator[Context]:
     """Processes, folder, trackers and signal handlers of a run; undone at the end whatever happens."""
     if not torch.cuda.is_available():
         keep_heap()
-    state = PartialState()
+    cpu = _on_cpu()
+    state = PartialState(cpu=cpu)
     folder, start = _agree(run, resume, state.is_main_process)
-    accelerator = Accelerator(**accelerator_arguments(run, folder))
+    accelerator = Accelerator(cpu=cpu, **accelerator_arguments(run, folder))
     same = resume == "auto" and folder == run.run_dir
     again = "give the same command again" if same else f"use --resume auto --run_dir {folder}"
     context = Context(run.model_copy(update={"run_dir": folder}), accelerator, start, again)
@@ -166,6 +170,12 @@ def launch(run: Run, resume: str) -> Iterator[Context]:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             context.closing.close()
+
+
+def _on_cpu() -> bool:
+    """Whether accelerate must be told to use the CPU: otherwise it takes each of several processes on it for the only one."""
+    asked = parse_flag_from_env("ACCELERATE_USE_CPU")
+    return asked or (int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available())
 
 
 def _iterations_done(start: Path | None) -> int:

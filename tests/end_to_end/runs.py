@@ -69,7 +69,7 @@ def spawn(*words: str, **variables: str) -> subprocess.Popen[str]:
     )
 
 
-def call(*words: str, timeout: float = 280, **variables: str) -> tuple[int, str, str]:
+def call(*words: str, timeout: float = 240, **variables: str) -> tuple[int, str, str]:
     """Run a command in the repository root: exit code, standard output, standard error."""
     process = spawn(*words, **variables)
     try:

@@ -25,13 +25,13 @@ def launch(config: Path, *options: str) -> tuple[int, str, str]:
         "-m",
         "torch.distributed.run",
         "--nproc_per_node=2",
-        "--master_port=0",
+        "--standalone",
         "-m",
         "t2irl",
         "train",
         str(config),
     ]
-    return call(sys.executable, *words, *options, ACCELERATE_USE_CPU="true")
+    return call(sys.executable, *words, *options, CUDA_VISIBLE_DEVICES="")
 
 
 def test_accelerate_launch_runs_the_module(config: Path, run_dir: Path) -> None:
