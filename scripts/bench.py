@@ -1,6 +1,6 @@
 """Time an iteration of training against the bare denoiser calls that it needs.
 
-    python scripts/bench.py configs/tiny/demo.yaml --iterations 5 --rollout.window.size 3
+    python scripts/bench.py configs/tiny/demo.yaml --iterations 5 --rollout.window.size=3
 
 Per iteration: seconds of rollout, decoding, scoring and update of the real code, beside the same number of denoiser
 calls on tensors of the same shapes with nothing around them. Arms alternate, medians are printed, and written as JSON
