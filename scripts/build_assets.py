@@ -1,6 +1,6 @@
 """Train the models of the shapes world from scratch and write them to `assets/`.
 
-    python scripts/build_assets.py        # about 45 minutes on two quiet cores
+    python scripts/build_assets.py        # 54 minutes on two cores shared with other work
 
 Stages: tokenizer, vae, sd3 (text encoders and transformer together), clip, card. Each training stage saves itself
 every few hundred steps under `--work` and continues from there after an interruption; a finished stage is skipped.
@@ -136,8 +136,8 @@ Held-out captions, the four kinds with equal chance, 10 Euler steps, stock pipel
 {table}
 
 `max_sequence_length` is the number of zero vectors that the pipeline appends in place of a T5 encoder. The model was
-trained with none and with the default 256, so `StableDiffusion3Pipeline.from_pretrained(...)(prompt)` draws as it is; 0 is
-three times faster.
+trained with none and with the default 256, so `StableDiffusion3Pipeline.from_pretrained(...)(prompt)` draws as it is; with 0
+the transformer sees 80 tokens instead of 336.
 """
 
 

@@ -13,7 +13,7 @@ def keep_heap() -> bool:
     """Stop glibc from returning freed memory to the system; returns whether that was possible.
 
     On the CPU every activation above 128 KiB is otherwise a fresh `mmap` whose pages fault in one by one, which made
-    denoiser steps of the tiny model 1.3 to 2.5 times slower. Costs a resident size that stays at its peak.
+    denoiser steps of the tiny model 1.3 to 2.5 times slower in single timings. Costs a resident size that stays at its peak.
     """
     if not sys.platform.startswith("linux"):
         return False
