@@ -15,7 +15,7 @@ from t2irl.utils import distributed
 if TYPE_CHECKING:
     from t2irl.train import Parts
 
-STAGES = ("rollout", "score", "update", "evaluate", "grid")
+STAGES = ("rollout", "score", "adversary", "update", "evaluate", "grid")
 GRID_COLUMNS = 6
 
 
@@ -60,6 +60,7 @@ def finish(ctx: Context, parts: Parts) -> None:
     """Export, prove the export, write summary.json and report.html. Main process only; the others wait."""
     if ctx.is_main:
         exported = export(parts.policy, ctx.run, ctx.folder, parts.heldout_prompts[0])
+        parts.rewards.export(ctx.folder / "export" / "rewards")
         summary = summarise(ctx, parts) | {"export": as_dict(exported), "warnings": ctx.warnings}
         write_json(ctx.folder / "summary.json", summary)
         report = write_report(ctx.folder)

@@ -49,8 +49,11 @@ class UpdateLog:
     def metrics(self) -> dict[str, float]:
         """Means over transitions and updates, all processes together.
 
-        A process that held no image of any update has nothing to report, so names are gathered with the numbers.
+        A process that held no image of any update has nothing to report, so names are gathered with the numbers. Nothing
+        at all when there was no update, because an adversary kept the rollout for itself.
         """
+        if not self.norms:
+            return {}
         first = {name: torch.cat(parts).double() for name, parts in self.first.items()}
         every = {
             name: torch.cat([*self.first.get(name, []), *self.values.get(name, [])]).double()

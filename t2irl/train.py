@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,11 @@ def build(run: Run, ctx: Context) -> Parts:
     family = registry.build("models", run.model, ctx.device)
     policy = Policy(run, family, dynamics, algorithm.reduction)
     rewards, heldout = (
-        RewardSet(configs, ctx.device, run.rollout.batch_size, family.work)
+        RewardSet(configs, ctx.device, run.rollout.batch_size, family.work, run.seed)
         for configs in (run.rewards, run.heldout_rewards)
     )
+    for reward_set in (rewards, heldout):
+        reward_set.prepare([*prompts.texts, *heldout_prompts.texts], family, trained=reward_set is rewards)
     optimizer = Optimizer(run, list(policy.trained.values()), geometry.total_updates, ctx.device)
     return Parts(
         family, policy, algorithm, rewards, heldout, regularizers, optimizer, prompts.texts, heldout_prompts.texts, geometry, Clock()
@@ -119,7 +122,8 @@ def train(run: Run, *, resume: str = "auto") -> Path:
             if ctx.stop_requested():  # nothing has changed since the iteration began
                 raise ctx.interrupted(ctx.save(parts))
             # 3. Trainable rewards take their turn; a fixed reward makes this a no-op.
-            learned = parts.rewards.update(trajectory.images, groups)
+            with ctx.timed("adversary", 1) if parts.rewards.learns else nullcontext():
+                learned, policy_turn = parts.rewards.update(trajectory.images, groups)
             # 4. Credit: group-relative, over all processes, then shaped.
             table = {name: distributed.gather_rows(values, ctx.device) for name, values in scores.items()}
             ids = distributed.gather_rows(torch.tensor(groups.ids), ctx.device)
@@ -128,10 +132,10 @@ def train(run: Run, *, resume: str = "auto") -> Path:
             advantages = everyone[first : first + len(groups)].float()
             for regularizer in parts.regularizers.values():
                 advantages = regularizer.shape(advantages, trajectory)
-            # 5. Update the policy.
+            # 5. Update the policy, unless a trainable reward keeps the rollout for itself.
             log = UpdateLog(ctx.device)
             with ctx.timed("update", geometry.updates_per_iteration) as advance:
-                for images in updates(trajectory, advantages, geometry, run.seed, iteration, skip):
+                for images in updates(trajectory, advantages, geometry, run.seed, iteration, skip) if policy_turn else ():
                     update_policy(run, parts, images, trajectory.levels, log)
                     advance()
             clock.iteration += 1  # before saving: a resumed run starts at the next one

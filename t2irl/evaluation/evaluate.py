@@ -47,7 +47,10 @@ def evaluate(
     rewards: Sequence[RewardSet],
     advance: Callable[[int], None] = lambda images: None,
 ) -> dict[str, float]:
-    """Mean of every measure over `run.evaluation.images` pictures, of the averaged weights. Equal on all processes."""
+    """Mean of every measure over `run.evaluation.images` pictures, of the averaged weights. Equal on all processes.
+
+    A reward that measures whole sets gives its own number instead.
+    """
     part = (distributed.rank(), distributed.world_size())
     with policy.averaged():
         groups, images = sample_fixed(
@@ -55,10 +58,7 @@ def evaluate(
         )
     means: dict[str, float] = {}
     for reward_set in rewards:
-        scores = (
-            reward_set.score(images, groups) if len(groups) else {name: torch.empty(0) for name in reward_set.rewards}
-        )
-        for name, values in scores.items():
+        for name, values in reward_set.score(images, groups).items():
             applies = values[~values.isnan()].double()
             table = distributed.gather_rows(
                 torch.stack([applies.sum(), torch.tensor(float(len(applies)), dtype=torch.float64)])[None],
@@ -66,4 +66,5 @@ def evaluate(
             )
             total, number = table.sum(0).tolist()
             means[name] = total / number if number else float("nan")
+        means |= reward_set.measure(images, groups)
     return means

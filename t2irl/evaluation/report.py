@@ -27,7 +27,7 @@ from t2irl.evaluation.glossary import glossary, lookup
 from t2irl.utils.progress import duration
 from t2irl.utils.tracking import write_atomic
 
-STAGES = ("rollout", "score", "update", "evaluate", "grid")
+STAGES = ("rollout", "score", "adversary", "update", "evaluate", "grid")
 """Stages whose seconds are shown, in this order; what is left of the total is `other`."""
 
 

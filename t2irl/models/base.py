@@ -66,6 +66,10 @@ class ModelFamily:
         """Clean latents (B, C, h, w) -> images (B, 3, H, W) float32 in [0, 1]."""
         raise NotImplementedError
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """The inverse of `decode`, without noise: images (B, 3, H, W) float32 in [0, 1] -> clean latents float32."""
+        raise NotImplementedError
+
     def levels(self, steps: int) -> Tensor:
         """The model's own schedule: `steps` + 1 noise levels from about 1 to 0, float32, on `device`."""
         raise NotImplementedError
@@ -144,4 +148,12 @@ class ModelFamily:
     def pictures(self, latents: Tensor) -> Tensor:
         """Clean latents -> (B, 3, H, W) uint8 on `device`, rounded as a saved picture is."""
         self.work["decoded_images"] += len(latents)
+        return self._eight_bit(latents)
+
+    @torch.no_grad()
+    def redrawn(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) uint8 through the image encoder and decoder, as if the model had drawn them."""
+        return self._eight_bit(self.encode_images(images.to(self.device).float().div(255)))
+
+    def _eight_bit(self, latents: Tensor) -> Tensor:
         return self.decode(latents).mul(255).round().to(torch.uint8)

@@ -89,6 +89,15 @@ class SD3(ModelFamily):
         parts = [vae.decode(x, return_dict=False)[0].float() for x in latents.split(max(PIXELS_AT_ONCE // pixels, 1))]
         return torch.cat(parts).mul(0.5).add(0.5).clamp(0, 1)
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """The mode of the encoder's distribution, in the scale that the denoiser works on."""
+        vae = self.pipe.vae
+        parts = [
+            vae.encode((x * 2 - 1).to(vae.dtype)).latent_dist.mode().float()
+            for x in images.split(max(PIXELS_AT_ONCE // images[0, 0].numel(), 1))
+        ]
+        return (torch.cat(parts) - vae.config.shift_factor) * vae.config.scaling_factor
+
     def levels(self, steps: int) -> Tensor:
         """The scheduler's sigmas, static or dynamic shift."""
         from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from t2irl.config import Strict
 from t2irl.types import PromptGroups
+
+if TYPE_CHECKING:
+    from t2irl.models.base import ModelFamily
 
 
 class Reward:
@@ -28,16 +33,40 @@ class Reward:
 
     may_skip = False
     """Whether NaN is a legal score, meaning 'does not apply to this image'."""
+    per_image = True
+    """Whether `score` is defined. A measure of whole sets of pictures has `measure` instead and can only be held out."""
+    seed = 0
+    """The run's seed; set before `prepare`."""
+    policy_turn = True
+    """Whether the policy learns from the rollout that `update` last saw; a trainable reward may keep it for itself."""
 
     def __init__(self, config: Any, device: torch.device):
         self.config, self.device = config, device
+
+    @property
+    def learns(self) -> bool:
+        """Whether `update` changes the reward."""
+        return type(self).update is not Reward.update
+
+    def prepare(self, prompts: Sequence[str], family: ModelFamily) -> None:
+        """Called once, on all processes alike, before the first score: load and check what belongs to the run's `prompts`.
+
+        A trained reward gets the prompts trained on, then the held-out ones. `family` is the model that draws the pictures.
+        """
 
     def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
         """Score `images`, (B, 3, H, W) float32 in [0, 1] on `device`, for `groups.texts`: (B,) float32."""
         raise NotImplementedError
 
+    def measure(self, images: Tensor, groups: PromptGroups) -> float:
+        """One number for a whole held-out set, of which each process holds a part, maybe none; equal on all of them.
+
+        `images`: (B, 3, H, W) uint8. Only called where `per_image` is False.
+        """
+        raise NotImplementedError
+
     def update(self, images: Tensor, groups: PromptGroups) -> dict[str, float]:
-        """Learn from a rollout (adversaries only); returns metrics."""
+        """Learn from a rollout, (B, 3, H, W) float32 in [0, 1] (trainable rewards only); returns metrics."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -46,3 +75,6 @@ class Reward:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
+
+    def export(self, folder: Path) -> None:
+        """Write what a later run can use of a reward that has learned into `folder`, which may not exist yet."""

@@ -3,43 +3,80 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from t2irl import registry
-from t2irl.errors import RunError
+from t2irl.errors import ConfigError, RunError
 from t2irl.geometry import even_chunks
 from t2irl.rewards.base import Reward
 from t2irl.types import PromptGroups
+
+if TYPE_CHECKING:
+    from t2irl.models.base import ModelFamily
 
 
 class RewardSet:
     """Rewards by the names they have in the config. `work` counts calls and scored images."""
 
-    def __init__(self, configs: Mapping[str, Any], device: torch.device, batch_size: int, work: Counter[str]):
+    def __init__(
+        self, configs: Mapping[str, Any], device: torch.device, batch_size: int, work: Counter[str], seed: int = 0
+    ):
         self.rewards: dict[str, Reward] = {n: registry.build("rewards", c, device) for n, c in configs.items()}
         self.weights = {name: reward.config.weight for name, reward in self.rewards.items()}
         self.device, self.batch_size, self.work = device, batch_size, work
+        for reward in self.rewards.values():
+            reward.seed = seed
+
+    @property
+    def learns(self) -> bool:
+        """Whether any reward is trainable."""
+        return any(reward.learns for reward in self.rewards.values())
+
+    def prepare(self, prompts: Sequence[str], family: ModelFamily, trained: bool) -> None:
+        """Give every reward the run's prompts. Raises ConfigError for one that cannot serve: `trained` on, or held out."""
+        for name, reward in self.rewards.items():
+            if trained and not reward.per_image:
+                raise ConfigError(
+                    f"rewards.{name}: {reward.config.type} measures whole sets of pictures, so it cannot be trained on; "
+                    "move it to heldout_rewards"
+                )
+            if not trained and reward.learns:
+                raise ConfigError(
+                    f"heldout_rewards.{name}: this {reward.config.type} learns, but held-out rewards are only measured; "
+                    "move it to rewards, or set its `frozen` to an exported one"
+                )
+            reward.prepare(prompts, family)
 
     def score(self, images: Tensor, groups: PromptGroups) -> dict[str, Tensor]:
         """Score (B, 3, H, W) uint8 pictures: name -> (B,) float32 on the CPU.
 
         Raises RunError, with the prompt, for an infinite score, and for NaN from a reward that may not skip images.
         """
-        scores: dict[str, list[Tensor]] = {name: [] for name in self.rewards}
+        scores: dict[str, list[Tensor]] = {name: [] for name in self._per_image()}
         for chunk in even_chunks(len(groups), self.batch_size):
             pictures, part = images[chunk].to(self.device).float().div(255), groups[chunk]
-            for name, reward in self.rewards.items():
+            for name, reward in self._per_image().items():
                 self.work["reward_calls"] += 1
                 self.work["scored_images"] += len(part)
                 with torch.no_grad():
                     values = reward.score(pictures, part).float().cpu()
                 self._check(name, reward, values, part)
                 scores[name].append(values)
-        return {name: torch.cat(parts) for name, parts in scores.items()}
+        return {name: torch.cat([torch.empty(0), *parts]) for name, parts in scores.items()}
+
+    def measure(self, images: Tensor, groups: PromptGroups) -> dict[str, float]:
+        """Measures of whole sets, by name. Every process calls it with its part of the (B, 3, H, W) uint8 pictures."""
+        return {
+            name: reward.measure(images, groups) for name, reward in self.rewards.items() if not reward.per_image
+        }
+
+    def _per_image(self) -> dict[str, Reward]:
+        return {name: reward for name, reward in self.rewards.items() if reward.per_image}
 
     def _check(self, name: str, reward: Reward, values: Tensor, groups: PromptGroups) -> None:
         if values.shape != (len(groups),):
@@ -54,14 +91,24 @@ class RewardSet:
                 "a reward for which NaN means 'does not apply' declares may_skip = True"
             )
 
-    def update(self, images: Tensor, groups: PromptGroups) -> dict[str, float]:
-        """Let trainable rewards learn from a rollout; metrics by `reward/<name>/<metric>`."""
-        metrics = {}
+    def update(self, images: Tensor, groups: PromptGroups) -> tuple[dict[str, float], bool]:
+        """Let trainable rewards learn from a rollout, (B, 3, H, W) uint8.
+
+        Returns metrics by `reward/<name>/<metric>`, and whether the policy learns from this rollout as well.
+        """
+        metrics, policy_turn = {}, True
         for name, reward in self.rewards.items():
-            if type(reward).update is not Reward.update:
+            if reward.learns:
                 found = reward.update(images.to(self.device).float().div(255), groups)
                 metrics |= {f"reward/{name}/{key}": value for key, value in found.items()}
-        return metrics
+                policy_turn = policy_turn and reward.policy_turn
+        return metrics, policy_turn
+
+    def export(self, folder: Path) -> None:
+        """Write every reward that has learned into a folder of its name. Main process only."""
+        for name, reward in self.rewards.items():
+            if reward.learns:
+                reward.export(folder / name)
 
     def state_dict(self) -> dict[str, Any]:
         """State of every reward that has one."""

@@ -143,7 +143,7 @@ def _stages(metrics: Mapping[str, float]) -> str:
     """Seconds of the iteration, and of its stages."""
     if "time/iteration_s" not in metrics:
         return ""
-    named = ((stage, metrics.get(f"time/{stage}_s")) for stage in ("rollout", "score", "update"))
+    named = ((stage, metrics.get(f"time/{stage}_s")) for stage in ("rollout", "score", "adversary", "update"))
     inner = " ".join(f"{stage} {seconds:.1f}" for stage, seconds in named if seconds is not None)
     return f"{metrics['time/iteration_s']:.1f} s" + (f" ({inner})" if inner else "")
 
