@@ -83,7 +83,7 @@ def build(run: Run, ctx: Context) -> Parts:
         for configs in (run.rewards, run.heldout_rewards)
     )
     for reward_set in (rewards, heldout):
-        reward_set.prepare([*prompts.texts, *heldout_prompts.texts], family, trained=reward_set is rewards)
+        reward_set.prepare(prompts.texts, heldout_prompts.texts, family, trained=reward_set is rewards)
     optimizer = Optimizer(run, list(policy.trained.values()), geometry.total_updates, ctx.device)
     return Parts(
         family, policy, algorithm, rewards, heldout, regularizers, optimizer, prompts.texts, heldout_prompts.texts, geometry, Clock()
@@ -135,7 +135,9 @@ def train(run: Run, *, resume: str = "auto") -> Path:
             # 5. Update the policy, unless a trainable reward keeps the rollout for itself.
             log = UpdateLog(ctx.device)
             with ctx.timed("update", geometry.updates_per_iteration) as advance:
-                for images in updates(trajectory, advantages, geometry, run.seed, iteration, skip) if policy_turn else ():
+                for images in (
+                    updates(trajectory, advantages, geometry, run.seed, iteration, skip) if policy_turn else ()
+                ):
                     update_policy(run, parts, images, trajectory.levels, log)
                     advance()
             clock.iteration += 1  # before saving: a resumed run starts at the next one

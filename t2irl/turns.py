@@ -40,7 +40,8 @@ class FixedTurns(Schedule):
     def _policy_gets_a_turn(self) -> FixedTurns:
         if self.skip_policy and self.rest == 0:
             raise PydanticCustomError(
-                "turns", "skip_policy with rest: 0 never lets the policy learn; set rest to 1 or more (published: learn 9, rest 1)"
+                "turns",
+                "skip_policy with rest: 0 never lets the policy learn; set rest to 1 or more (published: learn 9, rest 1)",
             )
         return self
 

@@ -150,6 +150,11 @@ class ModelFamily:
         self.work["decoded_images"] += len(latents)
         return self._eight_bit(latents)
 
+    @property
+    def encodes_images(self) -> bool:
+        """Whether `encode_images` is there."""
+        return type(self).encode_images is not ModelFamily.encode_images
+
     @torch.no_grad()
     def redrawn(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) uint8 through the image encoder and decoder, as if the model had drawn them."""

@@ -35,6 +35,8 @@ class Reward:
     """Whether NaN is a legal score, meaning 'does not apply to this image'."""
     per_image = True
     """Whether `score` is defined. A measure of whole sets of pictures has `measure` instead and can only be held out."""
+    needs_heldout = True
+    """Whether `prepare` wants the held-out prompts as well, which are scored at evaluation but never trained on."""
     seed = 0
     """The run's seed; set before `prepare`."""
     policy_turn = True
@@ -51,7 +53,8 @@ class Reward:
     def prepare(self, prompts: Sequence[str], family: ModelFamily) -> None:
         """Called once, on all processes alike, before the first score: load and check what belongs to the run's `prompts`.
 
-        A trained reward gets the prompts trained on, then the held-out ones. `family` is the model that draws the pictures.
+        Those are the prompts trained on and, if `needs_heldout`, the held-out ones. `family` is the model that draws the
+        pictures.
         """
 
     def score(self, images: Tensor, groups: PromptGroups) -> Tensor:

@@ -37,8 +37,10 @@ class RewardSet:
         """Whether any reward is trainable."""
         return any(reward.learns for reward in self.rewards.values())
 
-    def prepare(self, prompts: Sequence[str], family: ModelFamily, trained: bool) -> None:
-        """Give every reward the run's prompts. Raises ConfigError for one that cannot serve: `trained` on, or held out."""
+    def prepare(self, prompts: Sequence[str], heldout: Sequence[str], family: ModelFamily, trained: bool) -> None:
+        """Give every reward the run's prompts. Raises ConfigError for one that cannot serve as it should: `trained` on, or
+        only measured on held-out prompts.
+        """
         for name, reward in self.rewards.items():
             if trained and not reward.per_image:
                 raise ConfigError(
@@ -50,7 +52,8 @@ class RewardSet:
                     f"heldout_rewards.{name}: this {reward.config.type} learns, but held-out rewards are only measured; "
                     "move it to rewards, or set its `frozen` to an exported one"
                 )
-            reward.prepare(prompts, family)
+            seen = prompts if trained else ()
+            reward.prepare([*seen, *(heldout if reward.needs_heldout else ())], family)
 
     def score(self, images: Tensor, groups: PromptGroups) -> dict[str, Tensor]:
         """Score (B, 3, H, W) uint8 pictures: name -> (B,) float32 on the CPU.
@@ -71,9 +74,7 @@ class RewardSet:
 
     def measure(self, images: Tensor, groups: PromptGroups) -> dict[str, float]:
         """Measures of whole sets, by name. Every process calls it with its part of the (B, 3, H, W) uint8 pictures."""
-        return {
-            name: reward.measure(images, groups) for name, reward in self.rewards.items() if not reward.per_image
-        }
+        return {name: reward.measure(images, groups) for name, reward in self.rewards.items() if not reward.per_image}
 
     def _per_image(self) -> dict[str, Reward]:
         return {name: reward for name, reward in self.rewards.items() if reward.per_image}
@@ -115,6 +116,9 @@ class RewardSet:
         return {name: state for name, reward in self.rewards.items() if (state := reward.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave. Raises ValueError when a reward that learns would start afresh."""
+        for name, reward in self.rewards.items():
+            if reward.learns and name not in state and reward.state_dict():
+                raise ValueError(f"it has no state of the reward {name!r}, which learns")
         for name, saved in state.items():
             self.rewards[name].load_state_dict(saved)
