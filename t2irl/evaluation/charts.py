@@ -18,7 +18,10 @@ TOGETHER = (
     ("likelihood ratio", ("policy/ratio_first", "policy/ratio_mean")),
     ("clipped share", ("policy/clip_fraction_high", "policy/clip_fraction_low")),
     ("loss", ("policy/loss", "loss/policy")),
-    ("seconds per iteration", ("time/iteration_s", "time/rollout_s", "time/score_s", "time/adversary_s", "time/update_s")),
+    (
+        "seconds per iteration",
+        ("time/iteration_s", "time/rollout_s", "time/score_s", "time/adversary_s", "time/update_s"),
+    ),
     ("seconds per measurement", ("time/evaluate_s", "time/grid_s")),
 )
 """Metrics that share a chart, and its title."""

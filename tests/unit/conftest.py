@@ -16,9 +16,10 @@ from transformers import CLIPConfig, CLIPModel
 
 from t2irl import registry
 from t2irl.rewards.base import Reward
-from t2irl.shapes.captions import sample_captions
+from t2irl.shapes.captions import parse_caption, sample_captions
 from t2irl.shapes.render import SIZE, render, sample_scene
 from t2irl.types import PromptGroups
+from tests.adversaries import write_dino, write_references
 
 
 @pytest.fixture(scope="session")
@@ -53,14 +54,43 @@ def pictures() -> tuple[Tensor, PromptGroups]:
     return images, PromptGroups.of([c.text for c in prompts], [i % 24 for i in range(48)], [i // 24 for i in range(48)])
 
 
+@pytest.fixture(scope="session")
+def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Dinov2Model for 64 x 64 pixels."""
+    return write_dino(tmp_path_factory.mktemp("dino"))
+
+
+@pytest.fixture(scope="session")
+def reference_index(tmp_path_factory: pytest.TempPathFactory, pictures: tuple[Tensor, PromptGroups]) -> Path:
+    """Four reference images of each prompt of `pictures`."""
+    rng = np.random.default_rng(5)
+    drawn = {text: [render(sample_scene(parse_caption(text), rng)) for _ in range(4)] for text in pictures[1].prompts}
+    return write_references(tmp_path_factory.mktemp("references"), drawn)
+
+
 @pytest.fixture
-def make(clip_folder: Path) -> Callable[..., Reward]:
-    """Build a reward by name on the CPU."""
+def make(
+    clip_folder: Path, dino_folder: Path, reference_index: Path, pictures: tuple[Tensor, PromptGroups]
+) -> Callable[..., Reward]:
+    """Build a reward by name on the CPU, ready for the prompts of `pictures`."""
 
     def build(name: str, **settings: Any) -> Reward:
-        if name == "tiny_clip":
-            settings = {"path": clip_folder} | settings
+        fields = registry.find("rewards", name).Config.model_fields
+        if "path" in fields:
+            settings = {"path": clip_folder if "clip" in name else dino_folder} | settings
+        if "references" in fields and "frozen" not in settings:
+            settings = {"references": {"index": reference_index}} | settings
         config = registry.find("rewards", name).Config.model_validate({"type": name} | settings)
-        return registry.build("rewards", config, torch.device("cpu"))
+        reward = registry.build("rewards", config, torch.device("cpu"))
+        reward.prepare(pictures[1].prompts, None)  # no reward here asks the model for anything
+        return reward
 
     return build
+
+
+@pytest.fixture
+def spoilt(pictures: tuple[Tensor, PromptGroups]) -> tuple[Tensor, PromptGroups]:
+    """Rollout images that differ from reference images: blurred and grainy, on the 8-bit grid."""
+    images = torch.nn.functional.avg_pool2d(pictures[0], 5, 1, 2, count_include_pad=False)
+    images = images + 0.08 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    return images.clamp(0, 1).mul(255).round() / 255, pictures[1]

@@ -79,7 +79,7 @@ def test_an_adversary_that_gains_and_loses_accuracy_settles_in_the_band() -> Non
         turn = turns.next(Observation(NAN, NAN, accuracy))
         accuracy += (0.04 if turn.adversary else 0.0) - 0.015
         course.append(accuracy)
-    assert 0.55 < min(course[50:]) and max(course[50:]) < 0.85
+    assert min(course[50:]) > 0.55 and max(course[50:]) < 0.85
     lengths = [len(list(run)) for _, run in groupby(course[i + 1] > course[i] for i in range(50, 399))]
     assert max(lengths) < 30
 
@@ -103,7 +103,7 @@ def test_resumed_turns_go_on(schedule: FixedTurns, stop: int) -> None:
 def test_config_errors() -> None:
     adapter = TypeAdapter(AnyTurns)
     assert adapter.validate_python({"type": "trigger", "cap": None}).cap is None
-    with pytest.raises(ValidationError, match="low = 0.9 is above high = 0.8"):
+    with pytest.raises(ValidationError, match=r"low = 0\.9 is above high = 0\.8"):
         adapter.validate_python({"type": "accuracy", "low": 0.9})
     with pytest.raises(ValidationError, match="cap"):
         adapter.validate_python({"type": "fixed", "cap": 3})

@@ -1,0 +1,98 @@
+"""Held out only: how well a discriminator that starts from nothing tells reference images from the policy's pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from reward_models.vision import VisionBackbone
+from t2irl.errors import ConfigError, DataError
+from t2irl.evaluation.posthoc import posthoc_auc
+from t2irl.geometry import even_chunks
+from t2irl.references import ReferenceImages
+from t2irl.rewards.base import Reward
+from t2irl.types import PromptGroups
+from t2irl.utils import distributed
+
+if TYPE_CHECKING:
+    from t2irl.models.base import ModelFamily
+
+
+class PosthocDiscriminator(Reward):
+    """1 - AUC, in [0, 1]: how often a fresh discriminator prefers a picture of the policy to a reference image.
+
+    A logistic regression on frozen features, trained anew at each evaluation on other prompts than it is measured on. 0: it
+    always knows. 0.5: nothing tells the two apart; more than that is chance.
+    """
+
+    per_image = False
+
+    class Config(Reward.Config):
+        """Settings."""
+
+        type: Literal["posthoc_discriminator"] = "posthoc_discriminator"
+        path: Path = Path("assets/tiny-dinov2")
+        """Folder of a vision transformer; another one than the adversary's is the stricter judge."""
+        layers: tuple[int, ...] = Field((-1,), min_length=1)
+        """Blocks whose outputs are the features, joined; negative ones count from the end."""
+        references: ReferenceImages.Config | None = None
+        """Reference images of the held-out prompts; needed."""
+        reencode: bool = False
+        """Put reference images through the policy's image encoder and decoder first, so that the decoder's traces do not
+        count."""
+        batch_size: PositiveInt = 64
+        """Pictures in one call of the backbone."""
+
+    def __init__(self, config: Any, device: torch.device):
+        super().__init__(config, device)
+        if config.references is None:
+            raise ConfigError(
+                "reward posthoc_discriminator: references is missing; give references: {index: FILE} or {folder: FOLDER}, "
+                "with images for the held-out prompts"
+            )
+        try:
+            self.backbone = VisionBackbone.load(config.path, device, config.layers)
+        except (OSError, ValueError) as error:
+            raise DataError(f"reward posthoc_discriminator: path = {config.path}: {error}") from error
+
+    def prepare(self, prompts: Sequence[str], family: ModelFamily) -> None:
+        """Look up the reference images."""
+        self.family = family
+        if self.config.reencode and not family.encodes_images:
+            raise ConfigError(
+                f"reward posthoc_discriminator: reencode: true needs a model that encodes images, and {family.config.type} "
+                "does not; set it to false"
+            )
+        where = "reward posthoc_discriminator: references"
+        self.references = ReferenceImages.load(self.config.references, prompts, where)
+
+    @torch.no_grad()
+    def measure(self, images: Tensor, groups: PromptGroups) -> float:
+        """1 - AUC over the pictures of all processes; each stands beside a reference image of its prompt."""
+        files = [list(self.references.of(text)) for text in groups.texts]
+        rows = [k for k, found in enumerate(files) if found]
+        pictures = [self._reference(files[k][groups.members[k] % len(files[k])], images.shape[-1]) for k in rows]
+        mine = (
+            self._features([images[k].cpu() for k in rows]),
+            self._features(pictures),
+            [groups.ids[k] for k in rows],
+        )
+        fake, real, prompts = zip(*distributed.gather_objects(mine), strict=True)
+        return 1 - posthoc_auc(torch.cat(real), torch.cat(fake), sum(prompts, []))  # noqa: RUF017 - one list a process
+
+    def _reference(self, file: Path, side: int) -> Tensor:
+        picture = self.references.load(file, side)
+        return self.family.redrawn(picture[None])[0].cpu() if self.config.reencode else picture
+
+    def _features(self, pictures: Sequence[Tensor]) -> Tensor:
+        """CLS and the mean of the patches, (n, 2 D) float32 on the CPU."""
+        parts = [torch.empty(0, 2 * self.backbone.width)]
+        for chunk in even_chunks(len(pictures), self.config.batch_size):
+            found = self.backbone(torch.stack(list(pictures[chunk])).to(self.device).float().div(255))
+            parts.append(torch.cat([found.cls, found.patches.mean(1)], -1).cpu())
+        return torch.cat(parts)
