@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
+from reward_models.pixels import fit_square
+
 TEXT_CACHE = 16_384
 """Text features kept, one row per text."""
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -62,14 +64,7 @@ class ClipScorer:
 
     def preprocess(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], any size -> (B, 3, size, size) normalised: short side resized, centre cut out."""
-        images = images.to(self.device).float()
-        height, width = images.shape[-2:]
-        if min(height, width) != self.size:
-            scale = self.size / min(height, width)
-            target = [max(round(height * scale), self.size), max(round(width * scale), self.size)]
-            images = F.interpolate(images, target, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        top, left = ((images.shape[d] - self.size) // 2 for d in (-2, -1))
-        images = images[..., top : top + self.size, left : left + self.size]
+        images = fit_square(images.to(self.device).float(), self.size)
         return (images - self.mean) / self.std
 
     def image_features(self, images: Tensor) -> Tensor:

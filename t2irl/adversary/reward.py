@@ -179,12 +179,12 @@ class AdversarialReward(Reward):
 
     def _picture(self, file: Path) -> Tensor:
         if not self.config.reencode:
-            return self.references.load(file, self._side)
+            return self.references.picture(file, self._side)
         found = self._redrawn.get(file)
         if (
             found is None
         ):  # one at a time: what it gives must not depend on its neighbours, or a resumed run would differ
-            found = (self.family.redrawn(self.references.load(file, self._side)[None])[0].cpu(),)
+            found = (self.family.redrawn(self.references.picture(file, self._side)[None])[0].cpu(),)
             self._redrawn.put(file, found)
         return found[0]
 

@@ -86,7 +86,7 @@ class PosthocDiscriminator(Reward):
         return 1 - posthoc_auc(torch.cat(real), torch.cat(fake), sum(prompts, []))  # noqa: RUF017 - one list a process
 
     def _reference(self, file: Path, side: int) -> Tensor:
-        picture = self.references.load(file, side)
+        picture = self.references.picture(file, side)
         return self.family.redrawn(picture[None])[0].cpu() if self.config.reencode else picture
 
     def _features(self, pictures: Sequence[Tensor]) -> Tensor:

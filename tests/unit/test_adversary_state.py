@@ -167,7 +167,7 @@ def test_posthoc_discriminator_measures_the_whole_set(make: Make, spoilt: Pictur
     assert reward.measure(eight_bit, groups) < 0.1
     same = torch.stack(
         [
-            reward.references.load(list(reward.references.of(t))[m], 64)
+            reward.references.picture(list(reward.references.of(t))[m], 64)
             for t, m in zip(groups.texts, groups.members, strict=True)
         ]
     )
