@@ -76,7 +76,8 @@ def summarise(ctx: Context, parts: Parts) -> dict[str, Any]:
         for line in lines
         if any(k.startswith("heldout/") for k in line)
     ]
-    seconds = {stage: sum(line.get(f"time/{stage}_s") or 0.0 for line in lines) for stage in STAGES}
+    timed = [stage for stage in STAGES if any(f"time/{stage}_s" in line for line in lines)]
+    seconds = {stage: sum(line.get(f"time/{stage}_s") or 0.0 for line in lines) for stage in timed}
     return {
         "base": measured[0],
         "final": measured[-1],

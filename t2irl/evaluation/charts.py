@@ -25,7 +25,18 @@ TOGETHER = (
     ("seconds per measurement", ("time/evaluate_s", "time/grid_s")),
 )
 """Metrics that share a chart, and its title."""
-GROUPS = ("Held-out", "Rewards", "Advantages", "Policy", "Regularisers", "Time", "Work", "Data and memory", "Other")
+GROUPS = (
+    "Held-out",
+    "Rewards",
+    "Adversaries",
+    "Advantages",
+    "Policy",
+    "Regularisers",
+    "Time",
+    "Work",
+    "Data and memory",
+    "Other",
+)
 """Order of the groups in a report; metrics that the glossary does not know are `Other`."""
 COLORS = 6
 """Number of line colours that the style sheet defines."""

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from t2irl.data import images_of, prompt_ids
 from t2irl.utils.distributed import transfers
 from tests.distributed import worker
+from tests.end_to_end.runs import assert_equal
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -225,6 +226,24 @@ def test_two_processes_train_as_one_does(two: list[dict[str, Any]]) -> None:
             assert metrics["regularizer/kl"] == pytest.approx(expected["regularizer/kl"], rel=0.02, abs=1e-6)
         # Sums over all processes and means over all transitions: every process reports the same number.
         assert parts[0]["metrics"][iteration] == parts[1]["metrics"][iteration]
+
+
+def test_two_adversaries_stay_one(tmp_path: Path) -> None:
+    """Other pictures on each process, and yet the same parameters, moments, stored images and metrics to the last bit: an
+    adversary whose gradients are not summed drifts apart. Up to rounding it is the adversary of one process.
+    """
+    first, second = (process["adversary"] for process in together(tmp_path, "adversary"))
+    assert_equal(first["state"], second["state"])
+    assert first["metrics"] == second["metrics"]
+    alone = worker.adversary()
+    moved = (alone["weights"] - alone["start"]).abs()
+    assert (moved > 0).float().mean() > 0.9
+    assert (first["weights"] - alone["weights"]).abs().mean() < 0.02 * moved.mean()
+    torch.testing.assert_close(torch.cat([first["scores"], second["scores"]]), alone["scores"], rtol=0, atol=2e-3)
+    for found, expected in zip(first["metrics"], alone["metrics"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-2, abs=1e-4)
+    replay, expected = (x["state"]["replay"] for x in (first, alone))
+    assert replay["rows"] == expected["rows"] and torch.equal(replay["pictures"], expected["pictures"])
 
 
 def test_a_process_without_images_takes_part_in_everything(tmp_path: Path) -> None:

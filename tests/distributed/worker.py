@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import datetime
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,6 +26,7 @@ from t2irl.monitor import UpdateLog
 from t2irl.train import own_groups, update_policy
 from t2irl.types import MicroBatch, Prediction, PromptGroups, TrainingImages, Trajectory
 from t2irl.utils import distributed
+from tests.adversaries import write_dino, write_references
 from tests.invariants.toy import PROMPTS, toy_parts, toy_rollout, toy_run
 
 CPU = torch.device("cpu")
@@ -182,8 +186,40 @@ def lonely() -> dict[str, Any]:
     }
 
 
+def adversary() -> dict[str, Any]:
+    """Three iterations of an adversary that sees other pictures, and other numbers of them, on each process."""
+    rng = np.random.default_rng(0)
+    prompts, side = [f"thing {k}" for k in range(6)], 16
+    files = {text: [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(3)] for text in prompts}
+    rollouts = torch.from_numpy(rng.integers(0, 100, (3, 24, 3, side, side), dtype=np.uint8)).float() / 255
+    whole = PromptGroups.of(prompts, [i // 4 for i in range(24)], [i % 4 for i in range(24)])
+    mine = slice(0, 24)
+    if distributed.world_size() > 1:  # the second group lies on both
+        mine = slice(0, 6) if distributed.rank() == 0 else slice(6, 24)
+    found: dict[str, Any] = {"metrics": []}
+    with tempfile.TemporaryDirectory() as folder:
+        kind = registry.find("rewards", "adversarial_dino")
+        config = kind.Config.model_validate(
+            {
+                "path": write_dino(Path(folder) / "dino", side), "lr": 1e-3, "heldout": 0.3, "batch_size": 5,
+                "references": {"index": write_references(Path(folder) / "references", files)},
+                "replay": {"size": 9, "add": 6, "share": 0.5}, "penalty": {"on": "features", "weight": 0.1},
+            }
+        )  # fmt: skip
+        reward = registry.build("rewards", config, CPU)
+        reward.prepare(prompts, None)
+        for images in rollouts:
+            scores = reward.score(images[mine], whole[mine])
+            found["metrics"].append(reward.update(images[mine], whole[mine]))
+        found["scores"] = scores
+        found["start"] = torch.cat([p.detach().flatten() for p in kind(config, CPU).critic.trained.values()])
+        found["state"] = reward.state_dict()
+        found["weights"] = torch.cat([p.detach().flatten() for p in reward.critic.trained.values()])
+    return found
+
+
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
-    function.__name__: function for function in (transfers, gradients, training, prompts, lonely)
+    function.__name__: function for function in (transfers, gradients, training, prompts, lonely, adversary)
 }
 
 

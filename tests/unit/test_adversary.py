@@ -174,8 +174,8 @@ def test_nothing_is_computed_twice(make: Make, spoilt: Pictures, monkeypatch: py
         new = {f for f in (*drawn.learned, *drawn.kept) if f} - used
         used |= new
         iterate(reward, *spoilt)
-        assert sum(seen) <= len(spoilt[0]) + len(new)
-    assert sum(seen) == len(spoilt[0]) and len(used) <= 96
+        assert sum(seen) == len(spoilt[0]) + len(new)
+    assert len(used) > 80
 
 
 # ----------------------------------------------------------------------------------------------------- reference images
@@ -225,14 +225,14 @@ def test_a_missing_reference_image_is_found_at_the_start(
 
 
 class Mirror(ModelFamily):
-    """A model whose image encoder and decoder darken a picture."""
+    """A model whose image encoder and decoder turn light to dark."""
 
     def __init__(self) -> None:
         super().__init__(ModelFamily.Config(type="mirror", path=Path("x")), CPU)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Darker."""
-        return images * 0.5
+        """The negative."""
+        return 1 - images
 
     def decode(self, latents: Tensor) -> Tensor:
         """As it is."""
@@ -248,7 +248,7 @@ def test_reencoded_reference_images_go_the_policys_way(make: Make, pictures: Pic
         one.update(*pictures)
     files = [file for file in reward.pairs.draw(pictures[1], 0).learned if file][:5]
     plain, redrawn = reward.reference_pictures(files), other.reference_pictures(files)
-    assert redrawn.dtype == torch.uint8 and torch.equal(redrawn, (plain.float() / 2).round().to(torch.uint8))
+    assert redrawn.dtype == torch.uint8 and torch.equal(redrawn, 255 - plain)
     with pytest.raises(ConfigError, match="reencode: true needs a model that encodes images, and plain does not"):
         registry.build("rewards", config, CPU).prepare(
             pictures[1].prompts, ModelFamily(ModelFamily.Config(type="plain", path=Path("x")), CPU)
