@@ -76,10 +76,14 @@ class DinoCritic:
             rows.append(torch.randint(count, (self.patches or 0,), generator=generator))
         return torch.stack(rows)
 
+    def fingerprint(self) -> str:
+        """Names the frozen part: a hash of its weights, layers and size."""
+        return self.backbone.fingerprint()
+
     def settings(self) -> dict[str, Any]:
         """What the score depends on."""
         return {
-            "backbone": self.backbone.fingerprint(), "hidden": self.head.first.out_features,
+            "backbone": self.fingerprint(), "hidden": self.head.first.out_features,
             "spectral_norm": self.head.spectral_norm, "score_norm": self.score_norm,
             "score_weights": list(self.score_weights), "patches": self.patches,
         }  # fmt: skip
@@ -127,14 +131,18 @@ class ClipCritic:
         """The reward, (B,)."""
         return self.judge(features, texts, seeds)["score"][:, 0] / self.scale
 
-    def settings(self) -> dict[str, Any]:
-        """What the score depends on."""
+    def fingerprint(self) -> str:
+        """Names the frozen part: a hash of all weights that do not learn."""
         digest, trained = hashlib.sha256(), {id(p) for p in self.trained.values()}
         for name, weights in self.scorer.model.named_parameters():
             if id(weights) not in trained:
                 digest.update(f"{name} {tuple(weights.shape)}".encode())
                 digest.update(weights.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return {"frozen": digest.hexdigest(), "tune_layers": self.blocks, "scale": self.scale}
+        return digest.hexdigest()
+
+    def settings(self) -> dict[str, Any]:
+        """What the score depends on."""
+        return {"frozen": self.fingerprint(), "tune_layers": self.blocks, "scale": self.scale}
 
 
 def _with_layers(encoder: nn.Module, layers: nn.ModuleList) -> Any:

@@ -52,6 +52,10 @@ class Critic(Protocol):
         """The reward, (B,) float32."""
         ...
 
+    def fingerprint(self) -> str:
+        """Names the function `embed`."""
+        ...
+
     def settings(self) -> dict[str, Any]:
         """What the reward depends on besides the trained parameters, as JSON."""
         ...

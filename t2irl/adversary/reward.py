@@ -23,7 +23,7 @@ from t2irl.adversary.replay import Old, Replay, ReplayBuffer
 from t2irl.data import noise_seed
 from t2irl.errors import ConfigError
 from t2irl.geometry import even_chunks
-from t2irl.references import ReferenceImages
+from t2irl.references import FeatureCache, ReferenceImages
 from t2irl.rewards.base import Reward
 from t2irl.turns import AnyTurns, FixedTurns, Observation, Turns
 from t2irl.types import PromptGroups
@@ -41,9 +41,9 @@ class Seen:
     """What the adversary says of this rollout and of reference images before it learns; values of all processes."""
 
     policy: Tensor
-    """Scores of the rollout's images."""
+    """Scores of the rollout's images that have a reference image."""
     reference: Tensor
-    """Scores of their reference images."""
+    """Scores of those reference images."""
     kept_real: Tensor
     """Decisions about reference images that it never learns from, relative to the zero of the loss."""
     kept_fake: Tensor
@@ -95,8 +95,11 @@ class AdversarialReward(Reward):
         heldout: float = Field(0.125, ge=0, lt=1)
         """Share of the reference images that it never learns from: heldout_accuracy and heldout_auc are measured on them."""
         memory_gib: PositiveFloat = 1.0
-        """Memory for features of reference images on the device, for re-encoded pictures on the host, and for features of
-        the last rollout, each, per process."""
+        """Memory for features of reference images and for re-encoded ones on the host, and for features of the last rollout
+        on the device, each, per process."""
+        feature_cache: Path | None = None
+        """Folder in which features of reference images are kept from run to run, by the content of the files; null: they are
+        kept in memory only."""
 
         @model_validator(mode="after")
         def _settings_fit(self) -> AdversarialReward.Config:
@@ -122,8 +125,9 @@ class AdversarialReward(Reward):
                 f"reward {config.type}: references is missing. An adversary learns from reference images: give references: "
                 "{index: FILE} or references: {folder: FOLDER}, or frozen: FOLDER for an exported one"
             )
-        limit = round(config.memory_gib * 2**30)
-        self._features, self._redrawn, self._recent = Memory(limit), Memory(limit), Recent(limit)
+        self._limit = round(config.memory_gib * 2**30)
+        self._redrawn, self._recent = Memory(self._limit), Recent(self._limit)
+        self._features: FeatureCache | None = None
         self._side = 0
         self.turns = Turns(config.turns)
         self.replay = None if config.replay is None else ReplayBuffer(config.replay)
@@ -181,24 +185,26 @@ class AdversarialReward(Reward):
         if not self.config.reencode:
             return self.references.picture(file, self._side)
         found = self._redrawn.get(file)
-        if (
-            found is None
-        ):  # one at a time: what it gives must not depend on its neighbours, or a resumed run would differ
+        if found is None:
+            # One at a time: what it gives must not depend on its neighbours, or a resumed run would differ.
             found = (self.family.redrawn(self.references.picture(file, self._side)[None])[0].cpu(),)
             self._redrawn.put(file, found)
         return found[0]
 
-    @torch.no_grad()
     def reference_features(self, files: Sequence[Path]) -> Tensors:
-        """Frozen features of reference images, each computed once if memory allows."""
-        rows = {}
-        for file in dict.fromkeys(files):
-            rows[file] = self._features.get(file)
-            if rows[file] is None:  # one at a time, as above
-                found = self.critic.embed(self._picture(file)[None].to(self.device).float().div(255))
-                rows[file] = tuple(x[0] for x in found)
-                self._features.put(file, rows[file])
-        return tuple(torch.stack(parts) for parts in zip(*(rows[file] for file in files), strict=True))
+        """Frozen features of reference images, each computed once if memory or the disk allows."""
+        if self._features is None:
+            self._features = self._feature_cache()
+        return tuple(x.to(self.device) for x in self._features.of(files))
+
+    def _feature_cache(self) -> FeatureCache:
+        folder, name = self.config.feature_cache, ""
+        if folder is not None:
+            way = f"{self.family.config.path} {self.family.config.vae_precision}" if self.config.reencode else ""
+            name = f"{self.critic.fingerprint()} {self._side} {way}"
+        return FeatureCache(
+            lambda images: self.critic.embed(images.to(self.device)), name, self._picture, folder, self._limit
+        )
 
     # ------------------------------------------------------------------------------------------------------ learning
     def update(self, images: Tensor, groups: PromptGroups) -> dict[str, float]:
@@ -212,7 +218,7 @@ class AdversarialReward(Reward):
         drawn = self.pairs.draw(groups, iteration)
         seen = self._look(features, groups, drawn)
         share_right = accuracy(self.config.loss, seen.kept_real, seen.kept_fake) if len(seen.kept_real) else NAN
-        means = float(seen.policy.mean()), float(seen.reference.mean()) if len(seen.reference) else NAN
+        means = float(seen.policy.mean()), float(seen.reference.mean())
         turn = self.turns.next(Observation(*means, share_right))
         self.policy_turn = turn.policy
         metrics = {"reference_mean": means[1], "gap": means[1] - means[0], "learned": 0.0}
@@ -232,18 +238,23 @@ class AdversarialReward(Reward):
         """Opinions about the rollout and about reference images, before any step."""
         files = [a or b for a, b in zip(drawn.learned, drawn.kept, strict=True)]
         kept = [k for k, file in enumerate(drawn.kept) if file is not None]
+        known = [k for k, file in enumerate(files) if file is not None]
+
+        def own(rows: list[int], judge: Judge) -> Tensor:
+            return judge(tuple(x[rows] for x in features), groups[rows]) if rows else torch.empty(0)
+
         policy, reference, real, fake = map(
             _everyone,
             (
-                self._score(features, groups),
+                own(known, self._score),
                 self._about(files, groups, self._score),
                 self._about(drawn.kept, groups, self._decide),
-                self._decide(tuple(x[kept] for x in features), groups[kept]) if kept else torch.empty(0),
+                own(kept, self._decide),
             ),
         )
         centre = 0.0
         if not self.critic.has_zero and len(reference):
-            both = self._decide(features, groups), self._about(files, groups, self._decide)
+            both = own(known, self._decide), self._about(files, groups, self._decide)
             centre = sum(float(_everyone(x).mean()) for x in both) / 2
         return Seen(policy, reference, real - centre, fake - centre, centre)
 
