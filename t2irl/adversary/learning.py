@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from pydantic import PositiveFloat
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from t2irl.adversary.augment import augment
 from t2irl.adversary.losses import gradient_penalty, pair_loss
@@ -127,6 +129,11 @@ class Learner:
 
     def _losses(self, batch: Batch, stream: str) -> tuple[Tensor, Tensor]:
         """Loss and weighted penalty of each pair."""
+        # A penalty is a gradient that is differentiated again, which fast attention kernels cannot do.
+        with nullcontext() if self.config.penalty is None else sdpa_kernel(SDPBackend.MATH):
+            return self._judged(batch, stream)
+
+    def _judged(self, batch: Batch, stream: str) -> tuple[Tensor, Tensor]:
         real, fake, slope_at = self._inputs(batch, stream)
         logits = self.critic.judge(real, batch.texts, self._seeds(batch, f"reference {stream}"))
         other = self.critic.judge(fake, batch.texts, self._seeds(batch, f"rollout {stream}"))

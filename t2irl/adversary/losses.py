@@ -30,7 +30,9 @@ def pair_loss(kind: LossKind, real: Tensor, fake: Tensor, smoothing: float = 0.0
 
 def gradient_penalty(decision: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """R1: half the squared norm of each decision's gradient with respect to its own inputs, (B,), differentiable."""
-    gradients = torch.autograd.grad(decision.sum(), inputs, create_graph=True)
+    gradients = torch.autograd.grad(
+        decision.sum(), inputs, create_graph=True, allow_unused=True, materialize_grads=True
+    )
     return 0.5 * torch.stack([g.square().flatten(1).sum(1) for g in gradients]).sum(0)
 
 

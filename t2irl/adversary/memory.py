@@ -57,7 +57,7 @@ class Recent:
         while batches and count < len(images):
             wanted.insert(0, batches.pop())
             count += len(wanted[0][0])
-        if count != len(images) or any(len(pixels[0]) == 0 for pixels in wanted):
+        if not wanted or count != len(images):
             return None
         shapes = {pixels.shape[1:] for pixels, _ in wanted}
         if shapes != {images.shape[1:]} or not torch.equal(torch.cat([x for x, _ in wanted]), _eight_bit(images)):
