@@ -196,7 +196,7 @@ def _look_up(
     """Files of each prompt, and what is wrong with their number."""
     if config.folder is not None:
         style = tuple(_folder_files(config.folder, f"{key}.folder = {config.folder}"))[: config.per_prompt]
-        where, lists = f"{key}.folder = {config.folder}", {prompt: style for prompt in prompts}
+        where, lists = f"{key}.folder = {config.folder}", dict.fromkeys(prompts, style)
         short = (
             [f"{where}: {len(style)} pictures, at_least = {config.at_least}"] if len(style) < config.at_least else []
         )
