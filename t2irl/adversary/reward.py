@@ -97,9 +97,9 @@ class AdversarialReward(Reward):
         memory_gib: PositiveFloat = 1.0
         """Memory for features of reference images and for re-encoded ones on the host, and for features of the last rollout
         on the device, each, per process."""
-        feature_cache: Path | None = None
-        """Folder in which features of reference images are kept from run to run, by the content of the files; null: they are
-        kept in memory only."""
+        cache: Path | None = None
+        """Folder where features of reference images are kept from run to run, by content; null: in memory only. With the
+        patches of a large backbone that is some MiB an image."""
 
         @model_validator(mode="after")
         def _settings_fit(self) -> AdversarialReward.Config:
@@ -198,7 +198,7 @@ class AdversarialReward(Reward):
         return tuple(x.to(self.device) for x in self._features.of(files))
 
     def _feature_cache(self) -> FeatureCache:
-        folder, name = self.config.feature_cache, ""
+        folder, name = self.config.cache, ""
         if folder is not None:
             way = f"{self.family.config.path} {self.family.config.vae_precision}" if self.config.reencode else ""
             name = f"{self.critic.fingerprint()} {self._side} {way}"
