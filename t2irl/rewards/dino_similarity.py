@@ -58,8 +58,9 @@ class DinoSimilarity(Reward):
         place. `match` takes the mean of both directions, so that leaving something out costs as much as adding something."""
         over: Literal["mean", "max"] = "mean"
         """Over the reference images of the prompt: their mean, or the most alike one."""
-        cache: Path | None = Path("runs/.features")
-        """Folder where features of reference images are kept from run to run, by content; null: in memory only."""
+        feature_cache: Path | None = None
+        """Folder in which features of reference images are kept from run to run, by the content of the files; null: they are
+        kept in memory only."""
         memory_gib: PositiveFloat = 1.0
         """Host memory for features of reference images, per process."""
 
@@ -91,7 +92,7 @@ class DinoSimilarity(Reward):
         self.images = ReferenceImages.load(c.references, prompts, "reward dino_similarity: references", self.may_skip)
         kept = "cls" if c.features == "cls" else "cls and patches"
         name = f"{self.backbone.fingerprint()} {c.precision} {kept}"
-        self.cache = FeatureCache(self._encode, name, self.images.picture, c.cache, round(c.memory_gib * 2**30))
+        self.cache = FeatureCache(self._encode, name, self.images.picture, c.feature_cache, round(c.memory_gib * 2**30))
 
     def _encode(self, images: Tensor) -> Tensors:
         """Unit vectors of a reference image, only those that are used."""
