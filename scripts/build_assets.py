@@ -2,7 +2,7 @@
 
     python scripts/build_assets.py        # 54 minutes on two cores shared with other work
 
-Stages: tokenizer, vae, sd3 (text encoders and transformer together), clip, card. Each training stage saves itself
+Stages: tokenizer, vae, sd3 (text encoders and transformer together), clip, card, dino. Each training stage saves itself
 every few hundred steps under `--work` and continues from there after an interruption; a finished stage is skipped.
 Everything is drawn from `--seed`.
 """
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from shapes_models.clip import build_clip
+from shapes_models.dino import make_dino
 from shapes_models.sd3 import SD3_BATCH, SD3_STEPS, SHIFT, T5_ZEROS, Policy, build_sd3
 from shapes_models.text import TEXT_WIDTH, build_tokenizer
 from shapes_models.vae import PICTURES, build_vae, draw, encode_all, training_captions
@@ -148,9 +149,14 @@ def main() -> None:
         "--work", type=Path, default=Path("build/assets"), help="where unfinished stages keep their state"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--only", choices=["dino"], help="train nothing but tiny-dinov2, which needs none of the others"
+    )
     args = parser.parse_args()
     keep_heap()
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.only == "dino":
+        return make_dino(args.work, args.out / "tiny-dinov2", args.seed)
 
     tokenizer = build_tokenizer(args.work / "tokenizer")
     write_prompts(args.out / "prompts")
@@ -163,6 +169,7 @@ def main() -> None:
     write_clip(args.out / "tiny-clip", clip, tokenizer)
     write_sd3(args.out / "tiny-sd3", policy, vae, tokenizer, SHIFT)
     write_card(args.out / "tiny-sd3", seconds_spent(args.work))
+    make_dino(args.work, args.out / "tiny-dinov2", args.seed)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,13 @@ def dino_config() -> Dinov2Config:
     )  # fmt: skip
 
 
+def make_dino(work: Path, folder: Path, seed: int) -> None:
+    """Train it, write its folder and its card."""
+    model = build_dino(work, seed)
+    write_dino(folder, model)
+    write_dino_card(folder, torch.load(work / "dino.pt", weights_only=True)["seconds"])
+
+
 def build_dino(work: Path, seed: int) -> Dinov2Model:
     """Train it."""
     torch.manual_seed(seed)
@@ -231,11 +238,10 @@ A transformers `Dinov2Model` for the shapes world: 64 px, patches of 8 px, four 
 It was trained from scratch on {pictures} rendered pictures without their captions ({steps} steps of {scenes} pictures, as many
 spoilt ones, two views of each) by
 
-    make assets
+    python scripts/build_assets.py --only dino        # part of `make assets`
 
-in {minutes:.0f} minutes of processor time on one core. The architecture is DINOv2's, the training is not: whole pictures are learned by
-contrast (two views of one picture against all others), patches by painting hidden ones. `scripts/shapes_models/dino.py` has it
-all.
+in {minutes:.0f} minutes. The architecture is DINOv2's, the training is not: whole pictures are learned by contrast (two views of one
+picture against all others), patches by painting hidden ones. `scripts/shapes_models/dino.py` has it all.
 
 What its features know of {seen} held-out scenes:
 
