@@ -115,7 +115,7 @@ def _timm(folder: Path, config: dict[str, Any], size: int | None) -> Network:
     try:
         import timm
     except ImportError as error:
-        raise ValueError("this is a timm checkpoint, and timm is not installed: pip install timm") from error
+        raise ValueError("this is a timm checkpoint, and timm is not installed: pip install 't2irl[timm]'") from error
     name, settings = config["architecture"], config.get("pretrained_cfg") or {}
     mean, std = _normalisation(settings, "mean", "std", "config.json (pretrained_cfg)")
     try:
@@ -136,7 +136,7 @@ def _open_clip(folder: Path, size: int | None) -> Network:
         import open_clip
     except ImportError as error:
         raise ValueError(
-            "this is an open_clip checkpoint, and open_clip is not installed: pip install open_clip_torch"
+            "this is an open_clip checkpoint, and open_clip is not installed: pip install 't2irl[open-clip]'"
         ) from error
     config = _json(folder / "open_clip_config.json")
     model_config, settings = config.get("model_cfg") or {}, config.get("preprocess_cfg") or {}

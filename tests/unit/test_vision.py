@@ -190,10 +190,10 @@ def test_missing_libraries_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
     (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
-    with pytest.raises(ValueError, match="timm is not installed: pip install timm"):
+    with pytest.raises(ValueError, match="timm is not installed: pip install 't2irl"):
         VisionBackbone.load(tmp_path, CPU)
     (tmp_path / "open_clip_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="pip install open_clip_torch"):
+    with pytest.raises(ValueError, match="pip install 't2irl"):
         VisionBackbone.load(tmp_path, CPU)
 
 
