@@ -122,12 +122,20 @@ def _timm(folder: Path, config: dict[str, Any], size: int | None) -> Network:
         model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **(config.get("model_args") or {}))
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"timm cannot build architecture = {name!r} as a vision transformer: {error}") from error
+    if not isinstance(model, (timm.models.VisionTransformer, timm.models.Eva)):
+        raise ValueError(f"architecture = {name!r} is no plain vision transformer of timm")
     _load_weights(model, folder / "model.safetensors")
-    patch, own = model.patch_embed.patch_size[0], settings.get("input_size", (3, 224, 224))[-1]
+    patch, own, prefix = (
+        model.patch_embed.patch_size[0],
+        settings.get("input_size", (3, 224, 224))[-1],
+        model.num_prefix_tokens,
+    )
+    pool = model.attn_pool if model.attn_pool is not None else _mean
     return Network(
-        model, model.forward_features, list(model.blocks), model.norm,
-        None if model.num_prefix_tokens else lambda tokens: model.forward_head(tokens, pre_logits=True),
-        model.num_prefix_tokens, model.embed_dim, patch, _fitting(size, own, patch), mean, std,
+        model, model.forward_features, list(model.blocks),
+        model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm,
+        None if model.cls_token is not None else lambda tokens: pool(tokens[:, prefix:]),
+        prefix, model.embed_dim, patch, _fitting(size, own, patch), mean, std,
     )  # fmt: skip
 
 
@@ -142,7 +150,7 @@ def _open_clip(folder: Path, size: int | None) -> Network:
     model_config, settings = config.get("model_cfg") or {}, config.get("preprocess_cfg") or {}
     mean, std = _normalisation(settings, "mean", "std", "open_clip_config.json (preprocess_cfg)")
     vision = model_config.get("vision_cfg") or {}
-    if "timm_model_name" in vision or isinstance(vision.get("layers"), list) or "layers" not in vision:
+    if not isinstance(vision.get("layers", 12), int) or vision.get("timm_model_name") or vision.get("attentional_pool"):
         raise ValueError(
             "open_clip_config.json describes an image tower that is no plain vision transformer of open_clip"
         )
