@@ -94,5 +94,5 @@ def make(
 def spoilt(pictures: tuple[Tensor, PromptGroups]) -> tuple[Tensor, PromptGroups]:
     """Rollout images that differ from reference images: blurred and grainy, on the 8-bit grid."""
     images = torch.nn.functional.avg_pool2d(pictures[0], 5, 1, 2, count_include_pad=False)
-    images = images + 0.08 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    images = images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     return images.clamp(0, 1).mul(255).round() / 255, pictures[1]

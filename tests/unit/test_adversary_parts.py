@@ -92,7 +92,7 @@ def test_augmentation_does_what_it_says() -> None:
     moved = augment(images, Augment(translate=0.25), range(40))
     step = (moved[:, 0, 8, 8] - images[:, 0, 8, 8]) * 255
     down, right = (step / 16).round(), step - 16 * (step / 16).round()
-    assert down.abs().max() == 4 and right.abs().max() == 4
+    assert round(float(down.abs().max())) == 4 and round(float(right.abs().max())) == 4
     gray = augment(torch.zeros(40, 3, 16, 16), Augment(cutout=0.5), range(40))
     assert (gray.sum((1, 2, 3)) == 0.5 * 3 * 64).all() and len({tuple(g[0].argmax(0).tolist()) for g in gray}) > 5
 
