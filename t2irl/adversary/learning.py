@@ -35,12 +35,20 @@ class Penalty(Strict):
 class Critic(Protocol):
     """A network that judges pictures, in two parts: a frozen one, `embed`, and one that learns."""
 
-    trained: Mapping[str, torch.nn.Parameter]
-    """What learns."""
-    loss_weights: Mapping[str, float]
-    """Parts of the judgement that the loss looks at, and their weights."""
-    has_zero: bool
-    """Whether a logit of 0 means undecided; otherwise the middle between policy and reference images does."""
+    @property
+    def trained(self) -> Mapping[str, torch.nn.Parameter]:
+        """What learns."""
+        ...
+
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        """Parts of the judgement that the loss looks at, and their weights."""
+        ...
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether a logit of 0 means undecided; otherwise the middle between policy and reference images does."""
+        ...
 
     def embed(self, images: Tensor) -> Tensors:
         """Frozen features of pictures (B, 3, H, W) in [0, 1], each (B, ...); differentiable."""
