@@ -66,6 +66,13 @@ def test_alarm_when_reward_and_held_out_measure_part() -> None:
     assert raised(0.04) == ["heldout/cleanliness"] and raised(0.02) == []
 
 
+def test_no_alarm_for_a_judge_that_moves() -> None:
+    points = {"reward/total/mean": [(1, 0.4), (30, 0.8)], "heldout/dino": [(0, 0.5), (30, -1.0)]}
+    assert [a.metric for a in alarms(points, measures({}, points, ["dino"]))] == ["heldout/dino"]
+    points["reward/dino/reference_mean"] = [(1, 0.1), (30, 0.4)]
+    assert alarms(points, measures({}, points, ["dino"])) == []
+
+
 def test_alarms_of_the_policy() -> None:
     names = {"advantage/zero_variance_groups": 0.7, "policy/clip_fraction_low": 0.5, "policy/ratio_first": 0.98}
     points = {name: [(i, value) for i in range(20)] for name, value in names.items()}
