@@ -60,6 +60,8 @@ class VisionBackbone(nn.Module):
     """Side of the square that the network sees, in pixels."""
     blocks: tuple[nn.Module, ...]
     """The transformer blocks, first to last."""
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,

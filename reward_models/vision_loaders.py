@@ -113,7 +113,7 @@ def _from_pretrained(model_class: Any, folder: Path) -> Any:
 
 def _timm(folder: Path, config: dict[str, Any], size: int | None) -> Network:
     try:
-        import timm
+        import timm  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError("this is a timm checkpoint, and timm is not installed: pip install 't2irl[timm]'") from error
     name, settings = config["architecture"], config.get("pretrained_cfg") or {}
@@ -141,7 +141,7 @@ def _timm(folder: Path, config: dict[str, Any], size: int | None) -> Network:
 
 def _open_clip(folder: Path, size: int | None) -> Network:
     try:
-        import open_clip
+        import open_clip  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
             "this is an open_clip checkpoint, and open_clip is not installed: pip install 't2irl[open-clip]'"

@@ -91,7 +91,7 @@ def pipeline_drawer(args: argparse.Namespace, call: dict[str, Any], rank: int) -
     device = args.device or (f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
     try:
-        pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype, local_files_only=not args.download)
+        pipe: Any = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype, local_files_only=not args.download)
     except (OSError, ValueError) as error:
         raise DataError(f"--model = {args.model}: not a pipeline that diffusers can load: {error}") from error
     pipe = pipe.to(device)

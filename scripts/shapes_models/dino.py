@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,14 +55,14 @@ def spoil(images: Tensor, generator: torch.Generator) -> Tensor:
                 one = F.avg_pool2d(F.pad(one, (width // 2,) * 4, mode="replicate"), width, 1)
         elif way == 2:
             field = torch.randn(1, 2, 8, 8, generator=generator) * _uniform(0.05, 0.12, generator)
-            smooth = F.interpolate(field, (SIZE, SIZE), mode="bicubic", align_corners=False)
+            smooth = F.interpolate(field, [SIZE, SIZE], mode="bicubic", align_corners=False)
             one = _resample(one, smooth.permute(0, 2, 3, 1))
         elif way == 3:
             other = images[int(torch.randint(len(images), (), generator=generator))][None]
             one = torch.lerp(one, other, _uniform(0.15, 0.4, generator))
         else:
             side = SIZE // (2 + 2 * int(torch.randint(2, (), generator=generator)))
-            one = F.interpolate(F.interpolate(one, (side, side), mode="area"), (SIZE, SIZE))
+            one = F.interpolate(F.interpolate(one, [side, side], mode="area"), [SIZE, SIZE])
         result[k] = one[0]
     return result.clamp(0, 1)
 
@@ -78,7 +79,7 @@ def view(images: Tensor, generator: torch.Generator) -> Tensor:
         side = int(torch.randint(44, SIZE, (), generator=generator))
         top, left = torch.randint(SIZE - side + 1, (2,), generator=generator).tolist()
         part = images[k : k + 1, :, top : top + side, left : left + side]
-        shifted[k] = F.interpolate(part, (SIZE, SIZE), mode="bilinear", align_corners=False)[0]
+        shifted[k] = F.interpolate(part, [SIZE, SIZE], mode="bilinear", align_corners=False)[0]
     gain = 1 + 0.1 * (torch.rand(n, 3, 1, 1, generator=generator) - 0.5)
     level = 0.06 * (torch.rand(n, 1, 1, 1, generator=generator) - 0.5)
     return (shifted * gain + level).clamp(0, 1)
@@ -196,7 +197,7 @@ def figures(folder: Path) -> dict[str, dict[str, float]]:
     untrained = folder.with_name(f"{folder.name}-untrained")
     shutil.rmtree(untrained, ignore_errors=True)
     write_dino(untrained, Dinov2Model(dino_config()))
-    encoders = {"pixels": lambda x: x.flatten(1)}
+    encoders: dict[str, Callable[[Tensor], Tensor]] = {"pixels": lambda x: x.flatten(1)}
     for name, place in (("untrained", untrained), ("tiny-dinov2", folder)):
         backbone = VisionBackbone.load(place, torch.device("cpu"))
         encoders[f"{name}, CLS"] = lambda x, b=backbone: torch.cat([b(part).cls for part in x.split(128)])
