@@ -197,12 +197,17 @@ def adversary() -> dict[str, Any]:
     if distributed.world_size() > 1:  # the second group lies on both
         mine = slice(0, 6) if distributed.rank() == 0 else slice(6, 24)
     found: dict[str, Any] = {"metrics": []}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(distributed.gather_objects(own)[0])
+        if distributed.rank() == 0:  # transformers writes a model on the first process only
+            write_dino(folder / "dino", side)
+            write_references(folder / "references", files)
+        distributed.barrier()
         kind = registry.find("rewards", "adversarial_dino")
         config = kind.Config.model_validate(
             {
-                "path": write_dino(Path(folder) / "dino", side), "lr": 1e-3, "heldout": 0.3, "batch_size": 5,
-                "references": {"index": write_references(Path(folder) / "references", files)},
+                "path": folder / "dino", "lr": 1e-3, "heldout": 0.3, "batch_size": 5,
+                "references": {"index": folder / "references" / "index.json"},
                 "replay": {"size": 9, "add": 6, "share": 0.5}, "penalty": {"on": "features", "weight": 0.1},
             }
         )  # fmt: skip
@@ -215,6 +220,7 @@ def adversary() -> dict[str, Any]:
         found["start"] = torch.cat([p.detach().flatten() for p in kind(config, CPU).critic.trained.values()])
         found["state"] = reward.state_dict()
         found["weights"] = torch.cat([p.detach().flatten() for p in reward.critic.trained.values()])
+        distributed.barrier()  # the folder goes with the first process
     return found
 
 
