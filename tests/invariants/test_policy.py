@@ -208,17 +208,23 @@ def test_looking_at_the_reference_does_not_disturb_the_policys_gradient(changes:
         torch.testing.assert_close(p.grad, gradient)
 
 
-def test_kl_is_the_closed_form_times_the_coefficient() -> None:
+@pytest.mark.parametrize("anchor", ["reference", "average"])
+def test_kl_is_the_closed_form_times_the_coefficient(anchor: str) -> None:
     """Against torch's KL of two normal distributions, averaged over transitions and latent elements."""
-    run = toy_run({**WINDOW_3, "regularizers": {"kl": {"type": "kl", "kind": "exact", "coefficient": 0.3}}})
+    term = {"type": "kl", "kind": "exact", "coefficient": 0.3, "anchor": anchor}
+    run = toy_run({**WINDOW_3, "regularizers": {"kl": term}})
     parts = toy_parts(run)
     policy, batch = parts.policy, a_batch(run, parts)
     with torch.no_grad():
         for p in policy.trained.values():
             p.add_(0.05)
-        prediction = policy.predict(batch)
+        policy.after_update(1)  # now the average lies between the reference policy and the policy
         with policy.reference():
             reference = policy.predict(batch)
+        with policy.averaged():
+            average = policy.predict(batch)
+        assert not torch.equal(average.mean, reference.mean)
+        prediction, reference = policy.predict(batch), average if anchor == "average" else reference
         normal = torch.distributions.Normal
         expected = torch.distributions.kl_divergence(
             normal(prediction.mean, prediction.std), normal(reference.mean, reference.std)
