@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -70,9 +71,10 @@ def rollout(
     noise of as many levels as the window has places. `advance` is told of finished images.
     """
     parts = []
-    for chunk in even_chunks(len(groups), batch_size):
-        parts.append(_sample(policy, groups[chunk], levels, window, noise, guidance))
-        advance(chunk.stop - chunk.start)
+    with policy.fused() if not (window and policy.dynamics.recorded) else nullcontext():
+        for chunk in even_chunks(len(groups), batch_size):
+            parts.append(_sample(policy, groups[chunk], levels, window, noise, guidance))
+            advance(chunk.stop - chunk.start)
     latents, log_probs, final, images = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     trained = levels[window.start : window.stop + 1]
     if window and not policy.dynamics.recorded:
