@@ -1,6 +1,6 @@
 """Time an iteration of training against the bare denoiser calls that it needs.
 
-    python scripts/bench.py configs/tiny/demo.yaml --iterations 5 --rollout.window.size=3
+    python scripts/bench.py configs/tiny/cps.yaml --iterations 5
 
 Per iteration: seconds of rollout, decoding, scoring and update of the real code, beside the same number of denoiser
 calls on tensors of the same shapes with nothing around them. Arms alternate, medians are printed, and written as JSON
@@ -120,13 +120,13 @@ def iteration(run: Run, parts: Parts, timer: Timer, number: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="*", type=Path, default=[Path("configs/tiny/demo.yaml")])
+    parser.add_argument("config", nargs="*", type=Path, default=[Path("configs/tiny/cps.yaml")])
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args, overrides = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         fixed = ["--run_dir", str(Path(folder) / "run"), "--tracking.trackers", "[]"]
-        run = load_run(args.config or [Path("configs/tiny/demo.yaml")], [*overrides, *fixed])
+        run = load_run(args.config or [Path("configs/tiny/cps.yaml")], [*overrides, *fixed])
         with launch(run, "never") as ctx:
             parts = build(run, ctx)
             timer = Timer(ctx.device)

@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from shapes_models.clip import build_clip
 from shapes_models.dino import make_dino
-from shapes_models.sd3 import SD3_BATCH, SD3_STEPS, SHIFT, T5_ZEROS, Policy, build_sd3
+from shapes_models.sd3 import PLAIN_STEPS, SD3_BATCH, SD3_STEPS, SHIFT, T5_ZEROS, Policy, build_sd3
 from shapes_models.text import TEXT_WIDTH, build_tokenizer
 from shapes_models.vae import PICTURES, build_vae, draw, encode_all, training_captions
 from torch import nn
@@ -32,7 +32,10 @@ from t2irl.utils.memory import keep_heap
 
 def seconds_spent(work: Path) -> float:
     """Training time of all stages together."""
-    return sum(torch.load(f, weights_only=True)["seconds"] for f in (work / f"{n}.pt" for n in ("vae", "sd3", "clip")))
+    return sum(
+        torch.load(f, weights_only=True)["seconds"]
+        for f in (work / f"{n}.pt" for n in ("vae", "sd3", "sd3_plain", "clip"))
+    )
 
 
 def write_prompts(folder: Path) -> None:
@@ -117,7 +120,9 @@ def write_card(folder: Path, seconds: float) -> None:
         ]
     )
     (folder / "README.md").write_text(
-        CARD.format(table=table, minutes=seconds / 60, steps=SD3_STEPS, batch=SD3_BATCH, pictures=PICTURES)
+        CARD.format(
+            table=table, minutes=seconds / 60, steps=SD3_STEPS + PLAIN_STEPS, batch=SD3_BATCH, pictures=PICTURES
+        )
     )
 
 

@@ -51,12 +51,13 @@ def micro_batches(
         different = list(dict.fromkeys(lines))
         place = {line: i for i, line in enumerate(different)}
         rows = [place[line] for line in lines for _ in range(steps)]
+        x, x_next, t, t_next = policy.dynamics.rows(part.latents, levels)
         yield MicroBatch(
-            x=part.latents[:, :-1].flatten(0, 1),
-            x_next=part.latents[:, 1:].flatten(0, 1),
-            t=levels[:-1].repeat(len(part)),
-            t_next=levels[1:].repeat(len(part)),
-            log_prob=part.log_probs.flatten(),
+            x=x,
+            x_next=x_next,
+            t=t,
+            t_next=t_next,
+            log_prob=part.log_probs.flatten() if policy.dynamics.recorded else None,
             advantage=part.advantages.repeat_interleave(steps),
             text=policy.text([prompts[line] for line in different])[rows],
             share=share,

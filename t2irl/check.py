@@ -313,6 +313,8 @@ def _tuning(run: Run) -> str:
 
 
 def _window(g: Geometry) -> str:
+    if not g.recorded:
+        return f"{g.window_size} noise levels of the finished pictures"
     window, places, size = g.run.rollout.window, g.window_starts, g.window_size
     span = f"{places[0]} to {places[-1] + size - 1}"
     if isinstance(window, FixedWindow):

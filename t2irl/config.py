@@ -312,6 +312,17 @@ class Run(Strict):
         return entries
 
     @model_validator(mode="after")
+    def _average_is_there(self) -> Run:
+        needy = [name for name, config in self.regularizers.items() if config.needs_average]
+        if needy and self.policy.ema is None:
+            raise PydanticCustomError(
+                "average",
+                "regularizers.{name} needs the running average of the policy: set policy.ema",
+                {"name": needy[0]},
+            )
+        return self
+
+    @model_validator(mode="after")
     def _names_are_unique(self) -> Run:
         both = sorted(set(self.rewards) & set(self.heldout_rewards))
         if both:

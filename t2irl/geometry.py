@@ -105,8 +105,15 @@ class Geometry:
         return self.run.rollout.steps - (0 if self.run.rollout.last_step_stochastic else 1)
 
     @property
+    def recorded(self) -> bool:
+        """Whether the rollout's own transitions are trained on."""
+        return registry.find("dynamics", self.run.rollout.dynamics.type).recorded
+
+    @property
     def window_size(self) -> int:
-        """Trained timesteps of an iteration."""
+        """Trained timesteps of an iteration, or noise levels where transitions are not recorded."""
+        if not self.recorded:
+            return self.run.rollout.dynamics.noise_levels
         window = self.run.rollout.window
         if isinstance(window, FixedWindow) and window.size is None:
             return self.trainable_timesteps - window.start
@@ -128,6 +135,8 @@ class Geometry:
 
     def trained_timesteps(self, iteration: int, seed: int) -> range:
         """The window of an iteration, equal on all processes."""
+        if not self.recorded:
+            return range(self.window_size)
         starts, window = self.window_starts, self.run.rollout.window
         if isinstance(window, RandomWindow):
             place = int(np.random.default_rng([seed, WINDOW_STREAM, iteration]).integers(len(starts)))
@@ -205,6 +214,11 @@ def _splits(g: Geometry) -> Iterator[str]:
 
 def _window(g: Geometry) -> Iterator[str]:
     window, steps, end = g.run.rollout.window, g.run.rollout.steps, g.trainable_timesteps
+    if not g.recorded:
+        if window != FixedWindow():
+            kind = g.run.rollout.dynamics.type
+            yield f"rollout.window has no meaning with rollout.dynamics.type = {kind}: use rollout.dynamics.noise_levels and range, and leave the window out"
+        return
     which = f"rollout.steps = {steps} ({'all' if end == steps else 'the last one is deterministic, so'} {end} can be trained)"
     more = "" if end == steps else ", or set rollout.last_step_stochastic: true"
     if isinstance(window, FixedWindow):

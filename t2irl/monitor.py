@@ -110,7 +110,8 @@ def iteration_metrics(
     )
     metrics["advantage/abs_mean"] = float(advantages.abs().mean())
     metrics |= log.metrics()
-    metrics["policy/omitted_timesteps"] = 1 - parts.geometry.window_size / ctx.run.rollout.steps
+    if parts.geometry.recorded:
+        metrics["policy/omitted_timesteps"] = 1 - parts.geometry.window_size / ctx.run.rollout.steps
     _check_first_ratio(ctx, parts, metrics)
     work = torch.tensor([[parts.family.work[name] for name in WORK]])
     metrics |= {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -39,6 +40,18 @@ class Noise:
                 torch.randn(row[0].shape, generator=generator, out=row[0])
         return noise
 
+    def of_groups(self, groups: PromptGroups, count: int, shape: tuple[int, ...]) -> Tensor:
+        """(B, count, *shape) float32 on the CPU, equal for all images of a prompt."""
+        generator, drawn = torch.Generator(), {}
+        for prompt in dict.fromkeys(groups.ids):
+            generator.manual_seed(noise_seed(self.seed, self.stream, prompt, -2))
+            drawn[prompt] = torch.randn(count, *shape, generator=generator)
+        return torch.stack([drawn[prompt] for prompt in groups.ids])
+
+    def uniform(self, count: int) -> Tensor:
+        """(count,) float32 in [0, 1), equal for all images and processes."""
+        return torch.rand(count, generator=torch.Generator().manual_seed(noise_seed(self.seed, self.stream, -1, -1)))
+
 
 @torch.no_grad()
 def rollout(
@@ -54,22 +67,29 @@ def rollout(
     """Sample an image for each entry of `groups`.
 
     `levels`: (N + 1,) noise levels. Timesteps in `window` follow the policy's dynamics and are recorded, all others
-    follow the ODE. An empty window gives plain deterministic pictures. `advance` is told of finished images.
+    follow the ODE. An empty window gives plain deterministic pictures, and so do dynamics that record nothing: they get
+    noise of as many levels as the window has places. `advance` is told of finished images.
     """
     parts = []
-    for chunk in even_chunks(len(groups), batch_size):
-        parts.append(_sample(policy, groups[chunk], levels, window, noise, guidance))
-        advance(chunk.stop - chunk.start)
+    with policy.fused() if not (window and policy.dynamics.recorded) else nullcontext():
+        for chunk in even_chunks(len(groups), batch_size):
+            parts.append(_sample(policy, groups[chunk], levels, window, noise, guidance))
+            advance(chunk.stop - chunk.start)
     latents, log_probs, final, images = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Trajectory(groups, latents, log_probs, levels[window.start : window.stop + 1], final, images)
+    trained = levels[window.start : window.stop + 1]
+    if window and not policy.dynamics.recorded:
+        trained = policy.dynamics.levels(noise.uniform(len(window)).to(levels.device))
+    return Trajectory(groups, latents, log_probs, trained, final, images)
 
 
 def _sample(
     policy: Policy, groups: PromptGroups, levels: Tensor, window: range, noise: Noise, guidance: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One batch: recorded states (B, W + 1, C, h, w), log-densities (B, W), clean latents, uint8 pictures."""
-    device, size = policy.family.device, len(groups)
-    draws = noise.draw(groups, 1 + len(window), policy.family.latent_shape).to(device)
+    device, size, shape = policy.family.device, len(groups), policy.family.latent_shape
+    fresh = noise.of_groups(groups, len(window), shape).to(device) if window and not policy.dynamics.recorded else None
+    window = window if fresh is None else range(0)
+    draws = noise.draw(groups, 1 + len(window), shape).to(device)
     used = sorted(set(groups.index))  # groups keep all prompts of the rollout, a batch needs a few
     text = policy.text([groups.prompts[i] for i in used])[[used.index(i) for i in groups.index]]
     x = draws[:, 0]
@@ -85,6 +105,9 @@ def _sample(
             x = ODE.mean_std(x, v, t, t_next)[0]
         if step + 1 in window or step in window:
             states.append(x)
+    if fresh is not None:
+        unknown = x.new_full(fresh.shape[:2], torch.nan)
+        return torch.cat([fresh, x[:, None]], 1), unknown, x, policy.family.pictures(x)
     if not window:
         return x.new_empty(size, 0), x.new_empty(size, 0), x, policy.family.pictures(x)
     return torch.stack(states, 1), torch.stack(log_probs, 1), x, policy.family.pictures(x)

@@ -75,9 +75,11 @@ class Trajectory:
 
     groups: PromptGroups
     latents: Tensor
-    """(B, W + 1, C, h, w) float32: the window's states, from noisy to clean."""
+    """(B, W + 1, C, h, w) float32: the window's states, from noisy to clean. Where the dynamics does not record transitions,
+    the noise of W levels, then the clean latents."""
     log_probs: Tensor
-    """(B, W) float32: log-density of each recorded transition, in the reduction that the algorithm uses."""
+    """(B, W) float32: log-density of each recorded transition, in the reduction that the algorithm uses; NaN where the
+    dynamics records none."""
     levels: Tensor
     """(W + 1,) float32: noise levels of the states, in [0, 1]."""
     final: Tensor
@@ -122,8 +124,8 @@ class MicroBatch:
     """(n,) float32: noise level before."""
     t_next: Tensor
     """(n,) float32: noise level after."""
-    log_prob: Tensor
-    """(n,) float32: log-density under the weights that sampled it."""
+    log_prob: Tensor | None
+    """(n,) float32: log-density under the weights that sampled it; None where the dynamics does not record it."""
     advantage: Tensor
     """(n,) float32."""
     text: TextEmbeds

@@ -23,6 +23,8 @@ from t2irl.shapes.verify import verify
 
 SD3_STEPS, SD3_BATCH = 3_300, 128
 GUIDED_FROM, GUIDED_SCALE = 2_000, 2.5  # from this step on the model learns to draw as if guided by this scale
+PLAIN_STEPS, PLAIN_LR = 1_200, 0.7  # the last part: steps, and peak learning rate as a share of the first part's
+PLAIN_T_MEAN = 0.5  # mean of the logit of its noise levels
 SHIFT = 1.5  # of the sampling schedule
 T5_ZEROS = 256  # what StableDiffusion3Pipeline appends by default when there is no T5 encoder
 
@@ -113,27 +115,22 @@ def heldout_score(
 
 
 def build_sd3(work: Path, latents: Tensor, vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int) -> Policy:
-    """Flow matching with text dropout; in the last part with model guidance (arXiv 2502.12154), so that the model follows
-    its text without guidance. The target u + w (v(x, c) - v(x, null)) has its fixed point at guidance 1 / (1 - w)."""
+    """Flow matching with text dropout, in three parts.
+
+    Plain flow matching first. Then model guidance (arXiv 2502.12154), which teaches drawing much faster: the target
+    u + w (v(x, c) - v(x, null)) has its fixed point at guidance 1 / (1 - w). Last, plain flow matching again, with more
+    of the noise levels at which the composition is decided: the guidance is unlearned, the drawing stays, and what is left
+    is a base model that knows more than it shows without guidance.
+    """
     torch.manual_seed(seed)
     policy = Policy(tokenizer)
     policy.register_buffer("null_ids", tokenize(tokenizer, [""]), persistent=False)
     ids = tokenize(tokenizer, [c.text for c in training_captions(seed)])
-    blocks = policy.transformer.transformer_blocks
-    matrices = [p for n, p in blocks.named_parameters() if p.ndim == 2 and "norm" not in n]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in policy.parameters() if id(p) not in chosen]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    decay = [(0, 1.0), (GUIDED_FROM, 0.545), (SD3_STEPS, 0.0)]
-    stage = Stage("sd3", work, decay, {"policy": policy}, optimizers)
 
-    def loss_at(step: int, generator: torch.Generator) -> Tensor:
+    def loss_at(step: int, generator: torch.Generator, guided: bool, t_mean: float) -> Tensor:
         chosen = torch.randint(len(latents), (SD3_BATCH,), generator=generator)
         x0, noise = latents[chosen].float(), torch.randn(SD3_BATCH, 4, 16, 16, generator=generator)
-        t = torch.sigmoid(torch.randn(SD3_BATCH, generator=generator))
+        t = torch.sigmoid(torch.randn(SD3_BATCH, generator=generator) + t_mean)
         dropped = torch.rand(SD3_BATCH, generator=generator) < 0.1
         tokens = torch.where(dropped[:, None], policy.null_ids, ids[chosen])
         x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
@@ -143,7 +140,7 @@ def build_sd3(work: Path, latents: Tensor, vae: AutoencoderKL, tokenizer: CLIPTo
                 v = policy.velocity(x_t, t, policy.encode(tokens, extra=1))
         else:
             v = policy.velocity(x_t, t, policy.encode(tokens))
-        if step >= GUIDED_FROM:
+        if guided:
             with torch.no_grad():
                 v_null = policy.velocity(x_t, t, policy.encode(policy.null_ids.expand(SD3_BATCH, -1)))
                 target = target + (1 - 1 / GUIDED_SCALE) * (v - v_null) * (~dropped).view(-1, 1, 1, 1)
@@ -151,10 +148,29 @@ def build_sd3(work: Path, latents: Tensor, vae: AutoencoderKL, tokenizer: CLIPTo
 
     def check() -> str:
         report = ""
-        for guidance in (1.0, 3.0):
+        for guidance in (1.0, 2.0, 3.0):
             scores = heldout_score(policy, vae, tokenizer, 128, guidance=guidance, shift=1.5)
             report += f"guidance {guidance}: " + " ".join(f"{k} {v:.3f}" for k, v in scores.items()) + "; "
         return report
 
-    stage.run(loss_at, seed + 2, check)
+    decay = [(0, 1.0), (GUIDED_FROM, 0.545), (SD3_STEPS, 0.0)]
+    Stage("sd3", work, decay, {"policy": policy}, _optimizers(policy, 1.0)).run(
+        lambda step, generator: loss_at(step, generator, step >= GUIDED_FROM, 0.0), seed + 2, check
+    )
+    decay = [(0, 1.0), (PLAIN_STEPS // 3, 1.0), (PLAIN_STEPS, 0.0)]
+    Stage("sd3_plain", work, decay, {"policy": policy}, _optimizers(policy, PLAIN_LR)).run(
+        lambda step, generator: loss_at(step, generator, False, PLAIN_T_MEAN), seed + 4, check
+    )
     return policy.eval().requires_grad_(False)
+
+
+def _optimizers(policy: Policy, scale: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the transformer's blocks, AdamW for everything else; `scale` of the peak learning rates."""
+    blocks = policy.transformer.transformer_blocks
+    matrices = [p for n, p in blocks.named_parameters() if p.ndim == 2 and "norm" not in n]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in policy.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=3e-3 * scale, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=2e-3 * scale, betas=(0.9, 0.98), weight_decay=0.0),
+    ]

@@ -20,7 +20,8 @@ class Grpo(Algorithm):
         type: Literal["grpo"] = "grpo"
         clip_range: PositiveFloat | tuple[PositiveFloat, PositiveFloat] = 1e-4
         """How far the ratio may move from 1 before the gradient stops; one number, or [below, above]. In units of
-        `logprob_reduction`: with mean, 1e-4 is D x 1e-4 nats of the transition's true likelihood, D latent elements."""
+        `logprob_reduction`: with mean, 1e-4 is D x 1e-4 nats of the transition's true likelihood, D latent elements. Without
+        effect with dynamics of type matching, whose ratios are 1."""
         logprob_reduction: Reduction = "mean"
         """Mean (as published) or sum of the log-density over latent elements."""
 
@@ -34,7 +35,8 @@ class Grpo(Algorithm):
         """The policy term; metrics are the ratio, its logarithm's square and the clipped shares."""
         assert self.clip_range is not None
         below, above = self.clip_range
-        log_ratio = prediction.log_prob - batch.log_prob
+        old = prediction.log_prob.detach() if batch.log_prob is None else batch.log_prob
+        log_ratio = prediction.log_prob - old
         ratio = log_ratio.exp()
         advantage = batch.advantage
         clipped = ratio.clamp(1 - below, 1 + above)

@@ -30,11 +30,27 @@ class Dynamics:
     stochastic = True
     """Whether transitions have a density to train with."""
 
+    recorded = True
+    """Whether the rollout's own transitions are trained on. If not, the window is a number of noise levels: `levels` draws them
+    and `rows` noises the finished pictures again."""
+
     last_step_has_density = True
     """Whether the step to noise level 0 can be stochastic."""
 
     def __init__(self, config: Any):
         self.config = config
+
+    def levels(self, uniform: Tensor) -> Tensor:
+        """Noise levels (K + 1,) to train at, from K uniform numbers; only where transitions are not recorded."""
+        raise NotImplementedError
+
+    def rows(self, states: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is scored of each image: x, x_next (n W, C, h, w), t, t_next (n W,).
+
+        `states`: (n, W + 1, C, h, w), from noisy to clean; `levels`: (W + 1,). Here these are the recorded transitions.
+        """
+        before, after = (x.flatten(0, 1) for x in (states[:, :-1], states[:, 1:]))
+        return before, after, levels[:-1].repeat(len(states)), levels[1:].repeat(len(states))
 
     def mean_std(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (B, C, h, w) and standard deviation (B, 1, 1, 1) of x_next given x and v."""

@@ -20,6 +20,11 @@ class Regularizer:
         type: str
         """File name in `t2irl/regularizers/`, or `package.module:Class`."""
 
+        @property
+        def needs_average(self) -> bool:
+            """Whether it needs the running average of the policy, `policy.ema`."""
+            return False
+
     needs_all_images = False
     """Whether its loss acts on images of zero advantage too, so that they must not be skipped."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 
 from t2irl.batches import updates
@@ -77,6 +79,34 @@ def test_swapping_the_average_in_and_out_restores_every_bit(changes: Mapping[str
         assert torch.equal(p, before[name])
         assert p.data_ptr() == storage[name]
     assert torch.equal(velocity_of(policy, batch), own)
+
+
+def test_fused_adapters_are_the_same_function_and_leave_no_trace() -> None:
+    """Equal within rounding, also of the average, without the adapters' own layers; afterwards every bit is back."""
+    run = toy_run()
+    parts = toy_parts(run)
+    policy, batch = parts.policy, a_batch(run, parts)
+    with torch.no_grad():
+        for p in policy.trained.values():
+            p.add_(0.1)
+    layers = [m for m in parts.family.denoiser.modules() if isinstance(m, LoraLinear)]
+    plain = [m.get_base_layer().weight.clone() for m in layers]
+    own, before = velocity_of(policy, batch), weights_of(policy)
+    for weights in (nullcontext, policy.averaged):
+        with weights():
+            separate = velocity_of(policy, batch)
+            with policy.fused():
+                assert all(m.disable_adapters for m in layers)
+                torch.testing.assert_close(velocity_of(policy, batch), separate, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="inside"), policy.fused():
+        raise ValueError("inside")
+    assert all(torch.equal(m.get_base_layer().weight, w) for m, w in zip(layers, plain, strict=True))
+    assert all(torch.equal(p, before[n]) for n, p in policy.trained.items())
+    assert torch.equal(velocity_of(policy, batch), own)
+    for layer in layers:  # in bf16 a small change would be rounded away
+        layer.get_base_layer().to(torch.bfloat16)
+    with policy.fused():
+        assert not any(m.disable_adapters for m in layers)
 
 
 @pytest.mark.parametrize("size", [16, 4, 1])
@@ -208,17 +238,23 @@ def test_looking_at_the_reference_does_not_disturb_the_policys_gradient(changes:
         torch.testing.assert_close(p.grad, gradient)
 
 
-def test_kl_is_the_closed_form_times_the_coefficient() -> None:
+@pytest.mark.parametrize("anchor", ["reference", "average"])
+def test_kl_is_the_closed_form_times_the_coefficient(anchor: str) -> None:
     """Against torch's KL of two normal distributions, averaged over transitions and latent elements."""
-    run = toy_run({**WINDOW_3, "regularizers": {"kl": {"type": "kl", "kind": "exact", "coefficient": 0.3}}})
+    term = {"type": "kl", "kind": "exact", "coefficient": 0.3, "anchor": anchor}
+    run = toy_run({**WINDOW_3, "regularizers": {"kl": term}})
     parts = toy_parts(run)
     policy, batch = parts.policy, a_batch(run, parts)
     with torch.no_grad():
         for p in policy.trained.values():
             p.add_(0.05)
-        prediction = policy.predict(batch)
+        policy.after_update(1)  # now the average lies between the reference policy and the policy
         with policy.reference():
             reference = policy.predict(batch)
+        with policy.averaged():
+            average = policy.predict(batch)
+        assert not torch.equal(average.mean, reference.mean)
+        prediction, reference = policy.predict(batch), average if anchor == "average" else reference
         normal = torch.distributions.Normal
         expected = torch.distributions.kl_divergence(
             normal(prediction.mean, prediction.std), normal(reference.mean, reference.std)

@@ -116,8 +116,7 @@ def test_overrides_are_the_last_layer(files: Files) -> None:
     )  # fmt: skip
     assert (run.rollout.prompts, run.rewards["gold"].weight, run.seed) == (8, 0.2, 4)
     assert run.rollout.dynamics.model_dump() == {"type": "flow_sde", "noise_level": 0.9}
-    assert run.policy.ema is not None and run.policy.ema.decay == 0.5
-    assert run.optimizer.betas == (0.8, 0.9)
+    assert run.policy.ema is not None and (run.policy.ema.decay, run.optimizer.betas) == (0.5, (0.8, 0.9))
     assert run.update.skip_zero_advantage is False
 
 
@@ -198,6 +197,7 @@ def test_missing_keys_are_named(files: Files) -> None:
         ("rewards: {a/b: {type: vividness}}", "letters, digits, _ and -"),
         ("rewards: {total: {type: vividness}}", "not total"),
         ("heldout_rewards: {gold: {type: vividness}}", "share the name 'gold'"),
+        ("{policy: {ema: null}, regularizers: {slow: {type: kl, anchor: average}}}", "regularizers.slow needs"),
         ("rewards: null", "rewards = null"),
         ("data: {prompts: 5}", "data.prompts = 5"),
         ("tracking: {trackers: [tensorbord]}", "Did you mean 'tensorboard'?"),
