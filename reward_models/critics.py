@@ -42,7 +42,9 @@ class DinoCritic:
         patches: int | None = None,
     ):
         self.backbone, self.head, self.patches = backbone, head, patches
-        self.score_weights, self.norm, self.score_norm = score_weights, norm, score_norm
+        self.score_weights = score_weights
+        self.norm: Norm = norm
+        self.score_norm: Norm = score_norm
         self.loss_weights = {name: w for name, w in zip(("global", "local"), loss_weights, strict=True) if w}
         self.trained = dict(head.named_parameters())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ class Policy:
         from peft.tuners.lora import Linear
 
         layers = [m for m in self.family.denoiser.modules() if isinstance(m, Linear)]
-        plain = [layer.get_base_layer().weight for layer in layers]
+        plain = [cast(Tensor, layer.get_base_layer().weight) for layer in layers]
         if not layers or any(weight.dtype != torch.float32 for weight in plain):
             yield
             return

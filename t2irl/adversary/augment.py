@@ -20,11 +20,11 @@ class Augment(Strict):
 
     flip: bool = False
     """Mirror every second picture. Not where prompts speak of left and right."""
-    jitter: float = Field(0.0, ge=0, le=0.9)
+    jitter: float = Field(default=0.0, ge=0, le=0.9)
     """Brightness, contrast and saturation are multiplied by factors in [1 - jitter, 1 + jitter]."""
-    translate: float = Field(0.0, ge=0, le=0.5)
+    translate: float = Field(default=0.0, ge=0, le=0.5)
     """Pictures are moved by up to this share of their side in each direction; the border is repeated."""
-    cutout: float = Field(0.0, ge=0, le=0.9)
+    cutout: float = Field(default=0.0, ge=0, le=0.9)
     """Side of a gray square at a random place, as a share of the picture's side."""
 
     @property

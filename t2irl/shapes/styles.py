@@ -40,7 +40,9 @@ def _paint(canvas: np.ndarray, obj: Object, color: tuple[int, int, int]) -> None
 def _draw(scene: Scene, colors: Palette, backgrounds: Palette, ink: tuple[int, int, int] | None) -> np.ndarray:
     canvas = np.empty((SIZE, SIZE, 3), np.float32)
     canvas[:] = backgrounds[scene.background]
-    for obj in scene.objects if ink is not None else ():  # all lines first: none runs over a neighbour
+    for obj in scene.objects:  # all lines first: none runs over a neighbour
+        if ink is None:
+            break
         r = obj.r + LINE / INSCRIBED[obj.shape]
         # A triangle's middle lies below its centre, the more so the larger it is; lines are equally wide on all sides.
         cy = obj.cy - TRIANGLE_SHIFT * (r - obj.r) if obj.shape == "triangle" else obj.cy
