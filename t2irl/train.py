@@ -135,9 +135,8 @@ def train(run: Run, *, resume: str = "auto") -> Path:
             # 5. Update the policy, unless a trainable reward keeps the rollout for itself.
             log = UpdateLog(ctx.device)
             with ctx.timed("update", geometry.updates_per_iteration) as advance:
-                for images in (
-                    updates(trajectory, advantages, geometry, run.seed, iteration, skip) if policy_turn else ()
-                ):
+                chosen = updates(trajectory, advantages, geometry, run.seed, iteration, skip)
+                for images in chosen if policy_turn else ():
                     update_policy(run, parts, images, trajectory.levels, log)
                     advance()
             clock.iteration += 1  # before saving: a resumed run starts at the next one

@@ -17,16 +17,16 @@ INSCRIBED = {"circle": 1.0, "square": 0.88, "triangle": 0.55, "star": 0.40}
 INK = {"white": BACKGROUNDS["black"], "gray": BACKGROUNDS["black"], "black": BACKGROUNDS["white"]}
 """Colour of outlines by background."""
 PASTEL_COLORS = {
-    "red": (228, 82, 92),
-    "green": (80, 215, 110),
-    "blue": (110, 150, 240),
-    "yellow": (245, 215, 120),
-    "purple": (185, 115, 220),
-    "orange": (248, 145, 85),
+    "red": (224, 59, 63),
+    "green": (58, 190, 88),
+    "blue": (77, 117, 229),
+    "yellow": (242, 207, 76),
+    "purple": (166, 85, 198),
+    "orange": (246, 137, 55),
 }
-"""Softer object colours; each is still nearer to its own name than to any other."""
-PASTEL_BACKGROUNDS = {"white": (245, 238, 225), "black": (50, 45, 70), "gray": (165, 160, 170)}
-"""Tinted backgrounds; each is still nearer to its own name than to any other."""
+"""Softer object colours, near enough to the plain ones that shapes are still recognised."""
+PASTEL_BACKGROUNDS = {"white": (245, 242, 236), "black": (34, 31, 42), "gray": (146, 144, 148)}
+"""Tinted backgrounds, likewise."""
 
 Palette = Mapping[str, tuple[int, int, int]]
 

@@ -241,7 +241,7 @@ def test_two_adversaries_stay_one(tmp_path: Path) -> None:
     assert (first["weights"] - alone["weights"]).abs().mean() < 0.02 * moved.mean()
     torch.testing.assert_close(torch.cat([first["scores"], second["scores"]]), alone["scores"], rtol=0, atol=2e-3)
     for found, expected in zip(first["metrics"], alone["metrics"], strict=True):
-        assert found == pytest.approx(expected, rel=1e-2, abs=1e-4)
+        assert found == pytest.approx(expected, rel=1e-2, abs=2e-3)  # as exact as the scores
     replay, expected = (x["state"]["replay"] for x in (first, alone))
     assert replay["rows"] == expected["rows"] and torch.equal(replay["pictures"], expected["pictures"])
 

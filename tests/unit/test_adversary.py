@@ -28,9 +28,20 @@ Pictures = tuple[Tensor, PromptGroups]
 @pytest.mark.parametrize(
     "name, settings",
     [
-        ("adversarial_dino", {"loss": "hinge"}),
-        ("adversarial_dino", {"loss": "bce", "label_smoothing": 0.1, "penalty": {"on": "features", "weight": 0.1}}),
-        ("adversarial_dino", {"loss": "bt", "spectral_norm": True, "feature_norm": "none"}),
+        ("adversarial_dino", {"turns": {"type": "fixed", "updates": 4}, "loss": "hinge"}),
+        (
+            "adversarial_dino",
+            {
+                "turns": {"type": "fixed", "updates": 4},
+                "loss": "bce",
+                "label_smoothing": 0.1,
+                "penalty": {"on": "features", "weight": 0.1},
+            },
+        ),
+        (
+            "adversarial_dino",
+            {"turns": {"type": "fixed", "updates": 4}, "loss": "bt", "feature_norm": "none"},
+        ),
         ("adversarial_clip", {"turns": {"type": "fixed", "updates": 2}, "tune_layers": 1}),
         ("adversarial_clip", {"turns": {"type": "fixed", "updates": 2}, "loss": "bce"}),
         ("adversarial_clip", {"turns": {"type": "fixed", "updates": 2}, "loss": "hinge"}),
