@@ -1,6 +1,6 @@
 """Train the models of the shapes world from scratch and write them to `assets/`.
 
-    python scripts/build_assets.py        # 54 minutes on two cores shared with other work
+    python scripts/build_assets.py        # 69 minutes on two cores shared with other work, tiny-dinov2 not counted
 
 Stages: tokenizer, vae, sd3 (text encoders and transformer together), clip, card, dino. Each training stage saves itself
 every few hundred steps under `--work` and continues from there after an interruption; a finished stage is skipped.
@@ -135,7 +135,7 @@ Trained from scratch on {pictures} rendered pictures ({steps} steps of {batch}; 
 
     make assets
 
-in {minutes:.0f} minutes on two cores. Weights are float16; load them as float32 on a CPU.
+in {minutes:.0f} minutes, by the clock of all stages together, on two cores. Weights are float16; load them as float32 on a CPU.
 
 Held-out captions, the four kinds with equal chance, 10 Euler steps, stock pipeline (1024 pictures at guidance 1, 256 at 3):
 
