@@ -121,14 +121,15 @@ class Policy:
         """Inside, adapters are added into the layers that they adapt: the same function up to rounding, without two more
         products a layer. For sampling without gradient and without densities, which must be those of the update to the bit.
 
-        Leaves the layers as they were, to the bit. Does nothing for full fine-tuning, nor for layers below float32, where
-        small changes would be rounded away.
+        Leaves the layers as they were, to the bit. Does nothing for full fine-tuning, for the reference policy, whose adapters
+        are off, nor for layers below float32, where small changes would be rounded away.
         """
         from peft.tuners.lora import Linear
 
         layers = [m for m in self.family.denoiser.modules() if isinstance(m, Linear)]
         plain = [cast(Tensor, layer.get_base_layer().weight) for layer in layers]
-        if not layers or any(weight.dtype != torch.float32 for weight in plain):
+        off = any(layer.disable_adapters for layer in layers)
+        if not layers or off or any(weight.dtype != torch.float32 for weight in plain):
             yield
             return
         kept = [weight.data for weight in plain]

@@ -98,6 +98,12 @@ def test_fused_adapters_are_the_same_function_and_leave_no_trace() -> None:
             with policy.fused():
                 assert all(m.disable_adapters for m in layers)
                 torch.testing.assert_close(velocity_of(policy, batch), separate, rtol=1e-5, atol=1e-6)
+    with policy.reference():
+        reference = velocity_of(policy, batch)
+        assert not torch.equal(reference, own)
+        with policy.fused():
+            assert torch.equal(velocity_of(policy, batch), reference)
+        assert torch.equal(velocity_of(policy, batch), reference)
     with pytest.raises(ValueError, match="inside"), policy.fused():
         raise ValueError("inside")
     assert all(torch.equal(m.get_base_layer().weight, w) for m, w in zip(layers, plain, strict=True))
