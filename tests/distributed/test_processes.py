@@ -48,7 +48,7 @@ def together(folder: Path, scenarios: str, processes: int = 2) -> list[dict[str,
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """All scenarios that need no process of their own, in two processes."""
-    return together(tmp_path_factory.mktemp("two"), "transfers,gradients,training,prompts")
+    return together(tmp_path_factory.mktemp("two"), "transfers,gradients,training,matching,prompts")
 
 
 # The plan of transfers, without processes.
@@ -196,18 +196,20 @@ def test_skipping_does_not_change_the_gradient_over_processes(two: list[dict[str
             torch.testing.assert_close(skipped, kept, rtol=1e-10, atol=1e-12)
 
 
-def test_weights_are_identical_on_all_processes_after_every_update(two: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("scenario", ["training", "matching"])
+def test_weights_are_identical_on_all_processes_after_every_update(two: list[dict[str, Any]], scenario: str) -> None:
     """Invariant 30: to the last bit, over six updates of three iterations with a KL term."""
-    first, second = (process["training"]["weights"] for process in two)
+    first, second = (process[scenario]["weights"] for process in two)
     assert len(first) == 6
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0], first[-1])
 
 
-def test_two_processes_train_as_one_does(two: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("scenario", ["training", "matching"])
+def test_two_processes_train_as_one_does(two: list[dict[str, Any]], scenario: str) -> None:
     """The same images, the same weights and the same metrics, up to rounding (a picture's byte may round the other way)."""
-    alone = worker.training()
-    parts = [process["training"] for process in two]
+    alone = worker.SCENARIOS[scenario]()
+    parts = [process[scenario] for process in two]
     for iteration, expected in enumerate(alone["final"]):
         found = torch.cat([part["final"][iteration] for part in parts])
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

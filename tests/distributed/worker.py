@@ -115,11 +115,16 @@ def loss(weights: Tensor, batch: MicroBatch) -> Tensor:
     return Grpo(Grpo.Config(clip_range=0.9)).loss(prediction, batch).terms["policy"]
 
 
-def training() -> dict[str, Any]:
+def matching() -> dict[str, Any]:
+    """`training` on finished pictures."""
+    return training({"dynamics": {"type": "matching"}, "window": {"type": "fixed"}})
+
+
+def training(rollout: dict[str, Any] | None = None) -> dict[str, Any]:
     """Three iterations of two updates of a real policy: images, scores, weights after every update, metrics."""
     run = toy_run(
         {
-            "rollout": {"window": {"type": "fixed", "start": 0, "size": 3}},
+            "rollout": rollout or {"window": {"type": "fixed", "start": 0, "size": 3}},
             "update": {"per_iteration": 2, "batch_size": 4},
             "regularizers": {"kl": {"type": "kl", "kind": "v_mse", "coefficient": 0.1}},
             "optimizer": {"lr": 0.05, "eps": 0.01},
@@ -225,7 +230,7 @@ def adversary() -> dict[str, Any]:
 
 
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
-    function.__name__: function for function in (transfers, gradients, training, prompts, lonely, adversary)
+    function.__name__: function for function in (transfers, gradients, training, matching, prompts, lonely, adversary)
 }
 
 

@@ -54,8 +54,9 @@ def elsewhere(run: Path) -> str:
             "--rollout.window.dwell=1",
             "--optimizer.warmup_updates=5",
         ],
+        ["--rollout.dynamics.type=matching", "--regularizers.slow.type=kl", "--regularizers.slow.anchor=average"],
     ],
-    ids=["lora", "full", "random window", "stateful plugins", "sliding window"],
+    ids=["lora", "full", "random window", "stateful plugins", "sliding window", "matching"],
 )
 def test_stopped_and_continued_is_uninterrupted(config: Path, run_dir: Path, options: list[str]) -> None:
     """Weights, average, optimiser, state of plugins, clock and metrics: to the last bit."""
