@@ -70,14 +70,18 @@ def rollout(
     follow the ODE. An empty window gives plain deterministic pictures, and so do dynamics that record nothing: they get
     noise of as many levels as the window has places. `advance` is told of finished images.
     """
+    noised = bool(window) and not policy.dynamics.recorded
+    recorded = range(0) if noised else window
     parts = []
-    with policy.fused() if not (window and policy.dynamics.recorded) else nullcontext():
+    with nullcontext() if recorded else policy.fused():
         for chunk in even_chunks(len(groups), batch_size):
-            parts.append(_sample(policy, groups[chunk], levels, window, noise, guidance))
+            parts.append(_sample(policy, groups[chunk], levels, recorded, noise, guidance))
             advance(chunk.stop - chunk.start)
     latents, log_probs, final, images = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     trained = levels[window.start : window.stop + 1]
-    if window and not policy.dynamics.recorded:
+    if noised:
+        fresh = noise.of_groups(groups, len(window), policy.family.latent_shape).to(final.device)
+        latents, log_probs = torch.cat([fresh, final[:, None]], 1), final.new_full(fresh.shape[:2], torch.nan)
         trained = policy.dynamics.levels(noise.uniform(len(window)).to(levels.device))
     return Trajectory(groups, latents, log_probs, trained, final, images)
 
@@ -86,10 +90,8 @@ def _sample(
     policy: Policy, groups: PromptGroups, levels: Tensor, window: range, noise: Noise, guidance: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One batch: recorded states (B, W + 1, C, h, w), log-densities (B, W), clean latents, uint8 pictures."""
-    device, size, shape = policy.family.device, len(groups), policy.family.latent_shape
-    fresh = noise.of_groups(groups, len(window), shape).to(device) if window and not policy.dynamics.recorded else None
-    window = window if fresh is None else range(0)
-    draws = noise.draw(groups, 1 + len(window), shape).to(device)
+    device, size = policy.family.device, len(groups)
+    draws = noise.draw(groups, 1 + len(window), policy.family.latent_shape).to(device)
     used = sorted(set(groups.index))  # groups keep all prompts of the rollout, a batch needs a few
     text = policy.text([groups.prompts[i] for i in used])[[used.index(i) for i in groups.index]]
     x = draws[:, 0]
@@ -105,9 +107,6 @@ def _sample(
             x = ODE.mean_std(x, v, t, t_next)[0]
         if step + 1 in window or step in window:
             states.append(x)
-    if fresh is not None:
-        unknown = x.new_full(fresh.shape[:2], torch.nan)
-        return torch.cat([fresh, x[:, None]], 1), unknown, x, policy.family.pictures(x)
     if not window:
         return x.new_empty(size, 0), x.new_empty(size, 0), x, policy.family.pictures(x)
     return torch.stack(states, 1), torch.stack(log_probs, 1), x, policy.family.pictures(x)
