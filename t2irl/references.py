@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from t2irl.adversary.memory import Memory, Tensors
+from t2irl.adversary.memory import Memory, Tensors, in_equal_batches
 from t2irl.config import Strict
 from t2irl.errors import DataError
 from t2irl.utils import distributed
@@ -116,23 +116,27 @@ class ReferenceImages:
             self._pictures.put((path, size), found)
         return found[0]
 
+    def pictures(self, paths: Sequence[Path], size: int | None = None) -> list[Tensor]:
+        """Several of them."""
+        return [self.picture(path, size) for path in paths]
+
 
 class FeatureCache:
     """Features of reference images, each computed once: kept in memory, and on disk by the content of the file.
 
-    `encode`: (1, 3, H, W) float32 in [0, 1] -> tensors of one row. `name` must change whenever `encode` does, such as a hash
-    of its weights. Pictures go through it one at a time, so that what it gives does not depend on their neighbours.
+    `encode`: (B, 3, H, W) float32 in [0, 1] -> tensors of B rows. `name` must change whenever `encode` does, such as a hash
+    of its weights.
     """
 
     def __init__(
         self,
         encode: Callable[[Tensor], Tensors],
         name: str,
-        read: Callable[[Path], Tensor],
+        read: Callable[[Sequence[Path]], Sequence[Tensor]],
         folder: Path | None,
         memory: int = 2**30,
     ):
-        """`read`: path -> (3, H, W) uint8. `folder`: on disk, None for memory only. `memory`: bytes kept at most."""
+        """`read`: paths -> pictures (3, H, W) uint8. `folder`: on disk, None for memory only. `memory`: bytes kept at most."""
         self.encode, self.read = encode, read
         self.folder = None if folder is None else folder / hashlib.sha256(name.encode()).hexdigest()[:16]
         self._memory, self._digests = Memory(memory), dict[Path, str]()
@@ -140,25 +144,29 @@ class FeatureCache:
 
     def of(self, paths: Sequence[Path]) -> Tensors:
         """Features of some pictures, one row each, on the CPU. Raises DataError for an unreadable one."""
-        rows = [self._row(path) for path in paths]
-        return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
+        paths = [self._by_content(path) for path in paths]
+        rows = {digest: row for digest in dict(paths) if (row := self._known(digest)) is not None}
+        fresh = {digest: path for digest, path in paths if digest not in rows}
+        if fresh:
+            self.computed += len(fresh)
+            found = in_equal_batches(lambda x: self.encode(x.float().div(255)), self.read(list(fresh.values())))
+            for digest, row in zip(fresh, found, strict=True):
+                rows[digest] = row
+                self._to_disk(digest, row)
+                self._memory.put(digest, row)
+        return tuple(torch.stack(parts) for parts in zip(*(rows[digest] for digest, _ in paths), strict=True))
 
-    def _row(self, path: Path) -> Tensors:
+    def _by_content(self, path: Path) -> tuple[str, Path]:
         if path not in self._digests:
             try:
                 self._digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
             except OSError as error:
                 raise DataError(f"reference image {path}: cannot be read: {error.strerror or error}") from error
-        digest = self._digests[path]
+        return self._digests[path], path
+
+    def _known(self, digest: str) -> Tensors | None:
         row = self._memory.get(digest)
-        if row is None:
-            row = self._from_disk(digest)
-            if row is None:
-                self.computed += 1
-                with torch.no_grad():
-                    found = self.encode(self.read(path)[None].float().div(255))
-                row = tuple(x[0].cpu().contiguous() for x in found)
-                self._to_disk(digest, row)
+        if row is None and (row := self._from_disk(digest)) is not None:
             self._memory.put(digest, row)
         return row
 

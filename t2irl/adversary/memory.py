@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
+Key = TypeVar("Key", bound=Hashable)
+EQUAL_BATCH = 8
+"""Pictures in a batch of `in_equal_batches`."""
 
 
 class Memory:
@@ -18,7 +22,7 @@ class Memory:
         self.limit, self.held = limit, 0
         self._entries: OrderedDict[Hashable, Tensors] = OrderedDict()
 
-    def missing(self, keys: Sequence[Hashable]) -> list[Hashable]:
+    def missing(self, keys: Sequence[Key]) -> list[Key]:
         """Which of `keys` are not there, each once, in order."""
         return [key for key in dict.fromkeys(keys) if key not in self._entries]
 
@@ -63,6 +67,25 @@ class Recent:
         if shapes != {images.shape[1:]} or not torch.equal(torch.cat([x for x, _ in wanted]), _eight_bit(images)):
             return None
         return tuple(torch.cat(parts) for parts in zip(*(found for _, found in wanted), strict=True))
+
+
+@torch.no_grad()
+def in_equal_batches(function: Callable[[Tensor], Tensors], pictures: Sequence[Tensor]) -> list[Tensors]:
+    """`function` of pictures (3, H, W), batch by batch: its row for each picture, contiguous, on the CPU.
+
+    Every batch holds `EQUAL_BATCH` pictures of one size, the last one filled up by repeats: kernels are chosen by shape, so
+    what comes out for a picture does not depend on what else is asked for, and a resumed run sees the same numbers.
+    """
+    rows: list[Tensors] = [()] * len(pictures)
+    for shape in dict.fromkeys(picture.shape for picture in pictures):
+        places = [k for k, picture in enumerate(pictures) if picture.shape == shape]
+        for start in range(0, len(places), EQUAL_BATCH):
+            part = places[start : start + EQUAL_BATCH]
+            filled = [*part, *[part[-1]] * (EQUAL_BATCH - len(part))]
+            found = tuple(x.cpu() for x in function(torch.stack([pictures[k] for k in filled])))
+            for row, place in enumerate(part):
+                rows[place] = tuple(x[row].contiguous() for x in found)
+    return rows
 
 
 def _eight_bit(images: Tensor) -> Tensor:

@@ -17,12 +17,13 @@ from t2irl.adversary.augment import Augment
 from t2irl.adversary.exported import load_exported, save_exported
 from t2irl.adversary.learning import Batch, Critic, Learner, Penalty, decision
 from t2irl.adversary.losses import LossKind, accuracy, auc
-from t2irl.adversary.memory import Memory, Recent, Tensors
+from t2irl.adversary.memory import Recent, Tensors
 from t2irl.adversary.pairs import Drawn, Pairs
 from t2irl.adversary.replay import Old, Replay, ReplayBuffer
 from t2irl.data import noise_seed
 from t2irl.errors import ConfigError
 from t2irl.geometry import even_chunks
+from t2irl.reencoding import Reencoded
 from t2irl.references import FeatureCache, ReferenceImages
 from t2irl.rewards.base import Reward
 from t2irl.turns import AnyTurns, FixedTurns, Observation, Turns
@@ -126,7 +127,7 @@ class AdversarialReward(Reward):
                 "{index: FILE} or references: {folder: FOLDER}, or frozen: FOLDER for an exported one"
             )
         self._limit = round(config.memory_gib * 2**30)
-        self._redrawn, self._recent = Memory(self._limit), Recent(self._limit)
+        self._recent = Recent(self._limit)
         self._features: FeatureCache | None = None
         self._side = 0
         self.turns = Turns(config.turns)
@@ -152,14 +153,9 @@ class AdversarialReward(Reward):
         if not self.learns:
             return
         self.family = family
-        if self.config.reencode and not family.encodes_images:
-            raise ConfigError(
-                f"reward {self.config.type}: reencode: true needs a model that encodes images, and {family.config.type} does "
-                "not; set it to false"
-            )
         self.reset(self.seed)
         images = ReferenceImages.load(self.config.references, prompts, f"reward {self.config.type}: references")
-        self.references = images
+        self.references = Reencoded(images, family, self.config.reencode, f"reward {self.config.type}", self._limit)
         paired = self.config.references.folder is None
         self.pairs = Pairs(images, self.config.heldout, paired, self.seed)
         self.learner = Learner(self.critic, self.config, self.seed, self.reference_pictures, self.reference_features)
@@ -179,17 +175,7 @@ class AdversarialReward(Reward):
     # ---------------------------------------------------------------------------------------------- reference images
     def reference_pictures(self, files: Sequence[Path]) -> Tensor:
         """Reference images as the policy's pictures are: (n, 3, S, S) uint8."""
-        return torch.stack([self._picture(file) for file in files])
-
-    def _picture(self, file: Path) -> Tensor:
-        if not self.config.reencode:
-            return self.references.picture(file, self._side)
-        found = self._redrawn.get(file)
-        if found is None:
-            # One at a time: what it gives must not depend on its neighbours, or a resumed run would differ.
-            found = (self.family.redrawn(self.references.picture(file, self._side)[None])[0].cpu(),)
-            self._redrawn.put(file, found)
-        return found[0]
+        return torch.stack(self.references.pictures(files, self._side))
 
     def reference_features(self, files: Sequence[Path]) -> Tensors:
         """Frozen features of reference images, each computed once if memory or the disk allows."""
@@ -202,9 +188,11 @@ class AdversarialReward(Reward):
         if folder is not None:
             way = f"{self.family.config.path} {self.family.config.vae_precision}" if self.config.reencode else ""
             name = f"{self.critic.fingerprint()} {self._side} {way}"
-        return FeatureCache(
-            lambda images: self.critic.embed(images.to(self.device)), name, self._picture, folder, self._limit
-        )
+
+        def read(files: Sequence[Path]) -> list[Tensor]:
+            return self.references.pictures(files, self._side)
+
+        return FeatureCache(lambda images: self.critic.embed(images.to(self.device)), name, read, folder, self._limit)
 
     # ------------------------------------------------------------------------------------------------------ learning
     def update(self, images: Tensor, groups: PromptGroups) -> dict[str, float]:

@@ -92,7 +92,9 @@ class DinoSimilarity(Reward):
         self.images = ReferenceImages.load(c.references, prompts, "reward dino_similarity: references", self.may_skip)
         kept = "cls" if c.features == "cls" else "cls and patches"
         name = f"{self.backbone.fingerprint()} {c.precision} {kept}"
-        self.cache = FeatureCache(self._encode, name, self.images.picture, c.feature_cache, round(c.memory_gib * 2**30))
+        self.cache = FeatureCache(
+            self._encode, name, self.images.pictures, c.feature_cache, round(c.memory_gib * 2**30)
+        )
 
     def _encode(self, images: Tensor) -> Tensors:
         """Unit vectors of a reference image, only those that are used."""

@@ -14,7 +14,8 @@ from reward_models.vision import VisionBackbone
 from t2irl.errors import ConfigError, DataError
 from t2irl.evaluation.posthoc import posthoc_auc
 from t2irl.geometry import even_chunks
-from t2irl.references import ReferenceImages
+from t2irl.reencoding import Reencoded
+from t2irl.references import FeatureCache, ReferenceImages
 from t2irl.rewards.base import Reward
 from t2irl.types import PromptGroups
 from t2irl.utils import distributed
@@ -62,37 +63,37 @@ class PosthocDiscriminator(Reward):
 
     def prepare(self, prompts: Sequence[str], family: ModelFamily) -> None:
         """Look up the reference images."""
-        self.family = family
-        if self.config.reencode and not family.encodes_images:
-            raise ConfigError(
-                f"reward posthoc_discriminator: reencode: true needs a model that encodes images, and {family.config.type} "
-                "does not; set it to false"
-            )
         where = "reward posthoc_discriminator: references"
         self.references = ReferenceImages.load(self.config.references, prompts, where)
+        redrawn = Reencoded(self.references, family, self.config.reencode, "reward posthoc_discriminator")
+
+        def read(files: Sequence[Path]) -> list[Tensor]:
+            return redrawn.pictures(files, self._side)
+
+        self._known = FeatureCache(lambda x: self._encode(x.to(self.device)), "", read, None)
 
     @torch.no_grad()
     def measure(self, images: Tensor, groups: PromptGroups) -> float:
         """1 - AUC over the pictures of all processes; each stands beside a reference image of its prompt."""
         files = [list(self.references.of(text)) for text in groups.texts]
         rows = [k for k, found in enumerate(files) if found]
-        pictures = [self._reference(files[k][groups.members[k] % len(files[k])], images.shape[-1]) for k in rows]
+        self._side = images.shape[-1]
+        chosen = [files[k][groups.members[k] % len(files[k])] for k in rows]
+        fake = [
+            self._encode(images[rows][c].to(self.device).float().div(255))[0].cpu() for c in self._chunks(len(rows))
+        ]
         mine = (
-            self._features([images[k].cpu() for k in rows]),
-            self._features(pictures),
+            torch.cat([torch.empty(0, 2 * self.backbone.width), *fake]),
+            self._known.of(chosen)[0] if chosen else torch.empty(0, 2 * self.backbone.width),
             [groups.ids[k] for k in rows],
         )
         fake, real, prompts = zip(*distributed.gather_objects(mine), strict=True)
         return 1 - posthoc_auc(torch.cat(real), torch.cat(fake), sum(prompts, []))  # noqa: RUF017 - one list a process
 
-    def _reference(self, file: Path, side: int) -> Tensor:
-        picture = self.references.picture(file, side)
-        return self.family.redrawn(picture[None])[0].cpu() if self.config.reencode else picture
+    def _chunks(self, count: int) -> list[slice]:
+        return even_chunks(count, self.config.batch_size)
 
-    def _features(self, pictures: Sequence[Tensor]) -> Tensor:
-        """CLS and the mean of the patches, (n, 2 D) float32 on the CPU."""
-        parts = [torch.empty(0, 2 * self.backbone.width)]
-        for chunk in even_chunks(len(pictures), self.config.batch_size):
-            found = self.backbone(torch.stack(list(pictures[chunk])).to(self.device).float().div(255))
-            parts.append(torch.cat([found.cls, found.patches.mean(1)], -1).cpu())
-        return torch.cat(parts)
+    def _encode(self, images: Tensor) -> tuple[Tensor]:
+        """CLS and the mean of the patches of pictures (B, 3, H, W) in [0, 1]: (B, 2 D) float32."""
+        found = self.backbone(images)
+        return (torch.cat([found.cls, found.patches.mean(1)], -1),)

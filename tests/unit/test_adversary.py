@@ -14,6 +14,7 @@ from torch import Tensor
 from t2irl import registry
 from t2irl.adversary.learning import decision
 from t2irl.adversary.losses import auc
+from t2irl.adversary.memory import EQUAL_BATCH
 from t2irl.errors import ConfigError, UserError
 from t2irl.models.base import ModelFamily
 from t2irl.types import PromptGroups
@@ -179,13 +180,15 @@ def test_nothing_is_computed_twice(make: Make, spoilt: Pictures, monkeypatch: py
     embed = reward.critic.embed
     monkeypatch.setattr(reward.critic, "embed", lambda images: (seen.append(len(images)), embed(images))[1])
     used: set[Path] = set()
+    before = 0
     for iteration in range(12):
         seen.clear()
         drawn = reward.pairs.draw(spoilt[1], iteration)
-        new = {f for f in (*drawn.learned, *drawn.kept) if f} - used
-        used |= new
+        used |= {f for f in (*drawn.learned, *drawn.kept) if f}
         iterate(reward, *spoilt)
-        assert sum(seen) == len(spoilt[0]) + len(new)
+        assert reward._features is not None and reward._features.computed == len(used)
+        assert sum(seen) % EQUAL_BATCH == 0 and sum(seen) - len(spoilt[0]) <= len(used) - before + 3 * (EQUAL_BATCH - 1)
+        before = len(used)
     assert len(used) > 80
 
 

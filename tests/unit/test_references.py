@@ -216,32 +216,32 @@ def test_features_are_computed_once_and_kept_by_content(index: Path, tmp_path: P
         return pictures.mean((2, 3)), pictures.flatten(2)
 
     def cache(name: str = "one", folder: Path | None = tmp_path / "cache") -> FeatureCache:
-        return FeatureCache(encode, name, images.picture, folder)
+        return FeatureCache(encode, name, images.pictures, folder)
 
     save(tmp_path / "c1.png", (10, 20, 30))
     first = cache()
     files = [*images.of(CAT), *images.of(DOG), *images.of(CAT)]
     found = first.of(files)
     assert [x.shape for x in found] == [(5, 3), (5, 3, 64)]
-    assert calls == [1, 1]  # c0 and d0 are the same picture
+    assert calls == [8] and first.computed == 2  # c0 and d0 are the same picture; a batch is always filled up
     assert torch.allclose(found[0][1] * 255, torch.tensor([10.0, 20.0, 30.0]))
-    assert all(torch.equal(a, b) for a, b in zip(first.of(files), found, strict=True)) and len(calls) == 2
+    assert all(torch.equal(a, b) for a, b in zip(first.of(files), found, strict=True)) and len(calls) == 1
     again = cache()
     assert all(torch.equal(a, b) for a, b in zip(again.of(files), found, strict=True))
-    assert len(calls) == 2 and again.computed == 0
+    assert len(calls) == 1 and again.computed == 0
     cache("another network").of(files)
-    assert len(calls) == 4
+    assert len(calls) == 2
     cache(folder=None).of(files)
-    assert len(calls) == 6
+    assert len(calls) == 3
     save(tmp_path / "c0.png", (1, 2, 3))  # the content counts, not the name
-    fresh = FeatureCache(encode, "one", load(index=index).picture, tmp_path / "cache")
-    assert torch.allclose(fresh.of(files[:1])[0] * 255, torch.tensor([[1.0, 2.0, 3.0]])) and len(calls) == 7
+    fresh = FeatureCache(encode, "one", load(index=index).pictures, tmp_path / "cache")
+    assert torch.allclose(fresh.of(files[:1])[0] * 255, torch.tensor([[1.0, 2.0, 3.0]])) and len(calls) == 4
 
 
 def test_a_damaged_cache_is_computed_anew(index: Path, tmp_path: Path) -> None:
     images = load(index=index)
     for expected in (1, 1, 0):
-        cache = FeatureCache(lambda x: (x.mean((2, 3)),), "n", images.picture, tmp_path / "cache")
+        cache = FeatureCache(lambda x: (x.mean((2, 3)),), "n", images.pictures, tmp_path / "cache")
         cache.of(images.of(DOG))
         assert cache.computed == expected
         if expected and not (tmp_path / "seen").exists():
