@@ -27,7 +27,7 @@ from t2irl.policy import Policy
 from t2irl.regularizers.base import Regularizer
 from t2irl.rewards.combine import RewardSet
 from t2irl.rollout import Noise, rollout
-from t2irl.types import Clock, PromptGroups, TrainingImages
+from t2irl.types import Clock, PromptGroups, Rollout, TrainingImages
 from t2irl.utils import distributed
 
 
@@ -46,6 +46,10 @@ class Parts:
     heldout_prompts: Sequence[str]
     geometry: Geometry
     clock: Clock
+
+    def __post_init__(self) -> None:
+        for name, regularizer in self.regularizers.items():
+            regularizer.prepare(name, self)
 
     def state_dict(self) -> dict[str, Any]:
         """State besides the policy's weights and the clock."""
@@ -130,8 +134,9 @@ def train(run: Run, *, resume: str = "auto") -> Path:
             everyone = group_advantages(table, parts.rewards.weights, ids, run.advantage)
             first = distributed.rank() * len(groups)
             advantages = everyone[first : first + len(groups)].float()
-            for regularizer in parts.regularizers.values():
-                advantages = regularizer.shape(advantages, trajectory)
+            scored = Rollout(trajectory, table, ids, first, iteration)
+            for regularizer in sorted(parts.regularizers.values(), key=lambda r: not r.comes_first):
+                advantages = regularizer.shape(advantages, scored)
             # 5. Update the policy, unless a trainable reward keeps the rollout for itself.
             log = UpdateLog(ctx.device)
             with ctx.timed("update", geometry.updates_per_iteration) as advance:

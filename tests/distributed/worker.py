@@ -46,6 +46,7 @@ def transfers() -> dict[str, Any]:
             numbers[:, None] + torch.zeros(3),
             -numbers.float(),
             numbers + 2**40,
+            numbers,
         )
         found["balance", tuple(counts)] = distributed.balance(images, CPU).tensors()
     found["rows"] = distributed.gather_rows(torch.tensor([[2**62 + me, me], [2**53 + 1, -me]]), CPU)
