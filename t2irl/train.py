@@ -134,9 +134,7 @@ def train(run: Run, *, resume: str = "auto") -> Path:
             everyone = group_advantages(table, parts.rewards.weights, ids, run.advantage)
             first = distributed.rank() * len(groups)
             advantages = everyone[first : first + len(groups)].float()
-            scored = Rollout(trajectory, table, ids, first, iteration)
-            for regularizer in sorted(parts.regularizers.values(), key=lambda r: not r.comes_first):
-                advantages = regularizer.shape(advantages, scored)
+            advantages = shaped(advantages, Rollout(trajectory, table, ids, first, iteration), parts)
             # 5. Update the policy, unless a trainable reward keeps the rollout for itself.
             log = UpdateLog(ctx.device)
             with ctx.timed("update", geometry.updates_per_iteration) as advance:
@@ -162,6 +160,13 @@ def own_groups(run: Run, parts: Parts) -> PromptGroups:
     ids = prompt_ids(parts.clock.iteration, len(parts.prompts), run.rollout.prompts, run.seed)
     lines, members = images_of(ids, run.rollout.group_size, distributed.world_size(), distributed.rank())
     return PromptGroups.of(parts.prompts, lines, members)
+
+
+def shaped(advantages: torch.Tensor, scored: Rollout, parts: Parts) -> torch.Tensor:
+    """This process's advantages (B,) after all regularisers, those that replace them first."""
+    for regularizer in sorted(parts.regularizers.values(), key=lambda r: not r.comes_first):
+        advantages = regularizer.shape(advantages, scored)
+    return advantages
 
 
 def update_policy(run: Run, parts: Parts, images: TrainingImages, levels: torch.Tensor, log: UpdateLog) -> None:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from t2irl.regularizers.base import Regularizer
+from t2irl.train import shaped
 from t2irl.types import Rollout
 from tests.invariants.toy import a_batch, toy_parts, toy_rollout, toy_run
 
@@ -52,10 +53,7 @@ def test_regularisers_are_told_their_names_and_the_rest_of_the_run() -> None:
 def test_what_replaces_advantages_comes_before_what_changes_them() -> None:
     """Wherever it stands in the config."""
     parts = toy_parts(toy_run({"regularizers": {"a": {"type": f"{HERE}:Add"}, "b": {"type": f"{HERE}:Replace"}}}))
-    advantages = torch.zeros(4)
-    for regularizer in sorted(parts.regularizers.values(), key=lambda r: not r.comes_first):
-        advantages = regularizer.shape(advantages, None)
-    assert advantages.tolist() == [11.0] * 4
+    assert shaped(torch.zeros(4), None, parts).tolist() == [11.0] * 4
 
 
 def test_own_rows_of_a_rollout() -> None:
