@@ -63,7 +63,7 @@ def gardo_run(
         "update": {"per_iteration": 2, "batch_size": 5},
         "optimizer": {"lr": 0.05, "eps": 0.01},
     }
-    return toy_run(merged(tree, changes) | {"rewards": REWARDS})
+    return toy_run({"rewards": REWARDS, **merged(tree, changes)})
 
 
 def scored(run: Run, parts: Parts) -> tuple[Tensor, Rollout]:
