@@ -16,11 +16,12 @@ def group_advantages(
 ) -> Tensor:
     """Advantages of all images of an iteration, (N,) float64, clamped to +-`config.clip`.
 
-    `scores`: reward name -> (N,), NaN where a reward does not apply. `groups`: (N,) int64, equal for images of a group.
+    `scores`: reward name -> (N,), NaN where a reward does not apply; those of weight 0 are left out of everything. `groups`: (N,) int64, equal for images of a group.
     A group whose scores span no more than `config.floor` gets exactly 0. With `combine: scores` the weighted sum of all
     rewards is normalised, with `advantages` each reward by itself, and the weighted sum of those is taken. Raises RunError for
     an image that no reward applies to.
     """
+    scores = trained(scores, weights)
     by_score = total_score(scores, weights)  # in both cases: it refuses images that no reward applies to
     if config.combine == "scores":
         return normalise(by_score, groups, config).clamp(-config.clip, config.clip)
@@ -30,12 +31,17 @@ def group_advantages(
     return total.clamp(-config.clip, config.clip)
 
 
+def trained(scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """The scores of rewards that are trained on: all but those of weight 0."""
+    return {name: values for name, values in scores.items() if weights[name] != 0}
+
+
 def total_score(scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Weighted sum of the rewards, (N,) float64; a NaN counts as 'does not apply' and adds nothing.
+    """Weighted sum of the rewards trained on, (N,) float64; a NaN counts as 'does not apply' and adds nothing.
 
     Raises RunError for an image that no reward applies to.
     """
-    table = torch.stack([weights[name] * values.double() for name, values in scores.items()])
+    table = torch.stack([weights[name] * values.double() for name, values in trained(scores, weights).items()])
     nothing = table.isnan().all(0)
     if nothing.any():
         raise RunError(f"no reward applies to image {int(nothing.nonzero()[0])} of the iteration: all scores are NaN")

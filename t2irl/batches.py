@@ -14,6 +14,16 @@ from t2irl.types import MicroBatch, TrainingImages, Trajectory
 from t2irl.utils import distributed
 
 
+def assigned(geometry: Geometry, seed: int, iteration: int, part: int) -> np.ndarray:
+    """Global numbers of the images of one update of an iteration, `part` of `updates_per_iteration`.
+
+    In rollout order, so that a micro-batch can have the composition it was sampled in.
+    """
+    order = np.random.default_rng([seed, 0x0DD, iteration]).permutation(geometry.images)
+    size = geometry.images_per_update
+    return np.sort(order[part * size : (part + 1) * size])
+
+
 def updates(
     trajectory: Trajectory, advantages: Tensor, geometry: Geometry, seed: int, iteration: int, skip: bool
 ) -> Iterator[TrainingImages]:
@@ -25,14 +35,14 @@ def updates(
     """
     n, device = len(trajectory.groups), trajectory.latents.device
     first = distributed.rank() * n
-    order = np.random.default_rng([seed, 0x0DD, iteration]).permutation(geometry.images)
     prompt = torch.tensor(trajectory.groups.ids, device=device)
-    everything = TrainingImages(trajectory.latents, trajectory.log_probs, advantages.to(device, torch.float32), prompt)
+    number = torch.arange(first, first + n, device=device)
+    everything = TrainingImages(
+        trajectory.latents, trajectory.log_probs, advantages.to(device, torch.float32), prompt, number
+    )
     keep = advantages != 0 if skip else torch.ones(n, dtype=torch.bool)
     for part in range(geometry.updates_per_iteration):
-        size = geometry.images_per_update
-        # In rollout order, so that a micro-batch can have the composition it was sampled in.
-        chosen = np.sort(order[part * size : (part + 1) * size]) - first
+        chosen = assigned(geometry, seed, iteration, part) - first
         rows = [int(i) for i in chosen if 0 <= i < n and keep[i]]
         yield distributed.balance(everything[torch.tensor(rows, dtype=torch.long, device=device)], device)
 
@@ -61,4 +71,5 @@ def micro_batches(
             advantage=part.advantages.repeat_interleave(steps),
             text=policy.text([prompts[line] for line in different])[rows],
             share=share,
+            image=part.image.repeat_interleave(steps),
         )

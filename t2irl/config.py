@@ -312,14 +312,13 @@ class Run(Strict):
         return entries
 
     @model_validator(mode="after")
-    def _average_is_there(self) -> Run:
-        needy = [name for name, config in self.regularizers.items() if config.needs_average]
-        if needy and self.policy.ema is None:
-            raise PydanticCustomError(
-                "average",
-                "regularizers.{name} needs the running average of the policy: set policy.ema",
-                {"name": needy[0]},
-            )
+    def _parts_fit(self) -> Run:
+        for name, config in self.regularizers.items():
+            if problem := config.problem(self):
+                found = {"name": name, "problem": problem}
+                raise PydanticCustomError("regularizer", "regularizers.{name} {problem}", found)
+        if not any(config.weight for config in self.rewards.values()):
+            raise PydanticCustomError("weight", "all rewards have weight 0, so there is nothing to train on")
         return self
 
     @model_validator(mode="after")

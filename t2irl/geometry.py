@@ -253,6 +253,11 @@ def _dynamics(g: Geometry) -> Iterator[str]:
         )
     elif dynamics.model_dump().get("noise_level") == 0:
         yield "rollout.dynamics.noise_level = 0: transitions without noise have no density to train with; use more than 0"
+    elif g.run.rollout.same_noise and not g.recorded:
+        yield (
+            f"rollout.same_noise = true with rollout.dynamics.type = {dynamics.type}: its rollouts follow the ODE, so equal first "
+            "noise gives a group of equal images; set it to false"
+        )
     elif g.run.rollout.last_step_stochastic and not registry.find("dynamics", dynamics.type).last_step_has_density:
         yield (
             f"rollout.last_step_stochastic = true with rollout.dynamics.type = {dynamics.type}: its last step is deterministic by "

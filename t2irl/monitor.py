@@ -110,6 +110,8 @@ def iteration_metrics(
     )
     metrics["advantage/abs_mean"] = float(advantages.abs().mean())
     metrics |= log.metrics()
+    for name, regularizer in parts.regularizers.items():
+        metrics |= {f"regularizer/{name}/{key}": value for key, value in regularizer.metrics().items()}
     if parts.geometry.recorded:
         metrics["policy/omitted_timesteps"] = 1 - parts.geometry.window_size / ctx.run.rollout.steps
     _check_first_ratio(ctx, parts, metrics)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,8 @@ class Policy:
     """A model family's denoiser with trainable weights, guidance and dynamics.
 
     `trained` maps names to float32 parameters; everything else is frozen. With LoRA the reference policy is the denoiser
-    without its adapters, with full fine-tuning a copy of the initial weights.
+    without its adapters, with full fine-tuning a copy of the initial weights. `snapshots` holds further copies of the trained
+    weights by name; they are saved with the run.
     """
 
     def __init__(self, run: Run, family: ModelFamily, dynamics: Dynamics, reduction: Reduction):
@@ -42,6 +43,7 @@ class Policy:
                 self.trained[name] = parameter
         self._initial = self._copy() if self.tune.type == "full" else None
         self.average = self._copy() if self.ema is not None else None
+        self.snapshots: dict[str, dict[str, Tensor]] = {}
 
     def _add_adapters(self, tune: Lora, seed: int) -> None:
         from peft import LoraConfig
@@ -55,6 +57,10 @@ class Policy:
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.trained.items()}
+
+    def take_snapshot(self, name: str) -> None:
+        """Keep a copy of the trained weights as they are now, in place of an earlier one of that name."""
+        self.snapshots[name] = self._copy()
 
     def text(self, prompts: Sequence[str]) -> TextEmbeds:
         """Encoded prompts, each encoded once per run."""
@@ -116,6 +122,12 @@ class Policy:
         finally:
             self.family.denoiser.enable_adapters()
 
+    def at(self, anchor: str) -> AbstractContextManager[None]:
+        """Inside, the denoiser is another policy: `reference`, `average`, or the snapshot of that name."""
+        if anchor == "reference":
+            return self.reference()
+        return self.averaged() if anchor == "average" else self._swapped(self.snapshots[anchor])
+
     @contextmanager
     def fused(self) -> Iterator[None]:
         """Inside, adapters are added into the layers that they adapt: the same function up to rounding, without two more
@@ -144,14 +156,19 @@ class Policy:
                 weight.data = data
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Trained weights and their average, by `trained.<name>` and `average.<name>`."""
+        """Trained weights, their average and snapshots, by `trained.<name>`, `average.<name>`, `snapshot.<snapshot>.<name>`."""
         state = {f"trained.{n}": p.detach() for n, p in self.trained.items()}
-        return state | {f"average.{n}": t for n, t in (self.average or {}).items()}
+        return state | {f"{kind}.{n}": t for kind, copy in self._copies().items() for n, t in copy.items()}
+
+    def _copies(self) -> dict[str, dict[str, Tensor]]:
+        """Every copy of the trained weights that is saved, by the prefix of its tensors."""
+        average = {} if self.average is None else {"average": self.average}
+        return average | {f"snapshot.{name}": weights for name, weights in self.snapshots.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave. Raises KeyError for a missing tensor, ValueError for another shape."""
         with torch.no_grad():
-            for prefix, target in (("trained", self.trained), ("average", self.average or {})):
+            for prefix, target in {"trained": self.trained, **self._copies()}.items():
                 for name, tensor in target.items():
                     saved = state[f"{prefix}.{name}"]
                     if saved.shape != tensor.shape:

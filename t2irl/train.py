@@ -27,7 +27,7 @@ from t2irl.policy import Policy
 from t2irl.regularizers.base import Regularizer
 from t2irl.rewards.combine import RewardSet
 from t2irl.rollout import Noise, rollout
-from t2irl.types import Clock, PromptGroups, TrainingImages
+from t2irl.types import Clock, PromptGroups, Rollout, TrainingImages
 from t2irl.utils import distributed
 
 
@@ -46,6 +46,10 @@ class Parts:
     heldout_prompts: Sequence[str]
     geometry: Geometry
     clock: Clock
+
+    def __post_init__(self) -> None:
+        for name, regularizer in self.regularizers.items():
+            regularizer.prepare(name, self)
 
     def state_dict(self) -> dict[str, Any]:
         """State besides the policy's weights and the clock."""
@@ -130,8 +134,7 @@ def train(run: Run, *, resume: str = "auto") -> Path:
             everyone = group_advantages(table, parts.rewards.weights, ids, run.advantage)
             first = distributed.rank() * len(groups)
             advantages = everyone[first : first + len(groups)].float()
-            for regularizer in parts.regularizers.values():
-                advantages = regularizer.shape(advantages, trajectory)
+            advantages = shaped(advantages, Rollout(trajectory, table, ids, first, iteration), parts)
             # 5. Update the policy, unless a trainable reward keeps the rollout for itself.
             log = UpdateLog(ctx.device)
             with ctx.timed("update", geometry.updates_per_iteration) as advance:
@@ -157,6 +160,13 @@ def own_groups(run: Run, parts: Parts) -> PromptGroups:
     ids = prompt_ids(parts.clock.iteration, len(parts.prompts), run.rollout.prompts, run.seed)
     lines, members = images_of(ids, run.rollout.group_size, distributed.world_size(), distributed.rank())
     return PromptGroups.of(parts.prompts, lines, members)
+
+
+def shaped(advantages: torch.Tensor, scored: Rollout, parts: Parts) -> torch.Tensor:
+    """This process's advantages (B,) after all regularisers, those that replace them first."""
+    for regularizer in sorted(parts.regularizers.values(), key=lambda r: not r.comes_first):
+        advantages = regularizer.shape(advantages, scored)
+    return advantages
 
 
 def update_policy(run: Run, parts: Parts, images: TrainingImages, levels: torch.Tensor, log: UpdateLog) -> None:

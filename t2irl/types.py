@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -89,6 +89,28 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
+class Rollout:
+    """A scored rollout, as regularisers see it. N images over all processes, in process order."""
+
+    trajectory: Trajectory
+    """This process's images."""
+    scores: Mapping[str, Tensor]
+    """Reward name -> (N,) float32 of all processes, as scored: before weights, NaN where a reward does not apply. Rewards of
+    weight 0 are among them."""
+    ids: Tensor
+    """(N,) int64: group of each image of all processes."""
+    first: int
+    """Row of this process's first image."""
+    iteration: int
+    """Number of the iteration, from 0."""
+
+    @property
+    def own(self) -> slice:
+        """Rows of this process's images."""
+        return slice(self.first, self.first + len(self.trajectory.groups))
+
+
+@dataclass(frozen=True)
 class TrainingImages:
     """What an update needs of images; travels between processes as a whole. n images."""
 
@@ -100,6 +122,8 @@ class TrainingImages:
     """(n,) float32."""
     prompt: Tensor
     """(n,) int64: line in the prompt file."""
+    image: Tensor
+    """(n,) int64: number within the iteration, over all processes."""
 
     def __len__(self) -> int:
         return len(self.advantages)
@@ -132,6 +156,14 @@ class MicroBatch:
     """n rows."""
     share: float
     """1 / number of transitions that the whole update was meant to have; loss terms are sums times this."""
+    image: Tensor
+    """(n,) int64: number of the image within the iteration, over all processes."""
+
+    def __getitem__(self, rows: Tensor) -> MicroBatch:
+        """Some of the transitions; the share stays."""
+        taken = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("log_prob", "share")}
+        log_prob = None if self.log_prob is None else self.log_prob[rows]
+        return replace(self, **taken, log_prob=log_prob)
 
 
 @dataclass(frozen=True)
@@ -146,6 +178,10 @@ class Prediction:
     """(n, 1, 1, 1) float32: standard deviation of x_next."""
     log_prob: Tensor
     """(n,) float32."""
+
+    def __getitem__(self, rows: Tensor) -> Prediction:
+        """Some of the transitions."""
+        return Prediction(*(getattr(self, f.name)[rows] for f in fields(self)))
 
 
 @dataclass

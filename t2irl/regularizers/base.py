@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from t2irl.config import Strict
+from t2irl.config import Run, Strict
 from t2irl.policy import Policy
-from t2irl.types import Clock, MicroBatch, Prediction, Trajectory
+from t2irl.types import Clock, MicroBatch, Prediction, Rollout
+
+if TYPE_CHECKING:
+    from t2irl.train import Parts
 
 
 class Regularizer:
@@ -25,14 +28,27 @@ class Regularizer:
             """Whether it needs the running average of the policy, `policy.ema`."""
             return False
 
+        def problem(self, run: Run) -> str | None:
+            """What in the rest of the run does not fit it, as the end of a sentence that its name begins; None if all does."""
+            needs = "needs the running average of the policy: set policy.ema"
+            return needs if self.needs_average and run.policy.ema is None else None
+
+    comes_first = False
+    """Whether its `shape` is called before that of others, because it replaces advantages instead of changing them."""
+
     needs_all_images = False
     """Whether its loss acts on images of zero advantage too, so that they must not be skipped."""
 
     def __init__(self, config: Any):
         self.config = config
 
-    def shape(self, advantages: Tensor, trajectory: Trajectory) -> Tensor:
-        """Change this process's advantages (B,) float32."""
+    def prepare(self, name: str, parts: Parts) -> None:
+        """Called once, before the state of a checkpoint is restored: its name in the config, and what the run is built from."""
+
+    def shape(self, advantages: Tensor, rollout: Rollout) -> Tensor:
+        """Change this process's advantages (B,) float32. Called once an iteration, on all processes alike; what depends on
+        the whole rollout is decided on gathered tensors, as those of `rollout` are, so that all processes decide the same.
+        """
         return advantages
 
     def loss(self, policy: Policy, prediction: Prediction, batch: MicroBatch) -> Tensor | None:
@@ -41,6 +57,10 @@ class Regularizer:
 
     def after_update(self, policy: Policy, clock: Clock) -> None:
         """Called after every optimiser step."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the iteration that just ended, equal on all processes; logged as `regularizer/<name>/<key>`."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What must be saved with the run."""

@@ -29,7 +29,8 @@ class Reward:
         type: str
         """File name in `t2irl/rewards/`, or `package.module:Class`."""
         weight: float = 1.0
-        """Factor of this reward in the sum that is trained on; ignored for held-out rewards."""
+        """Factor of this reward in the sum that is trained on; ignored for held-out rewards. 0: auxiliary, scored on every
+        rollout for regularisers to see, but without any part in the advantages."""
 
     may_skip = False
     """Whether NaN is a legal score, meaning 'does not apply to this image'."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from t2irl.policy import Policy
 from t2irl.regularizers.base import Regularizer
 from t2irl.rewards.base import Reward
-from t2irl.types import Clock, MicroBatch, Prediction, PromptGroups, Trajectory
+from t2irl.types import Clock, MicroBatch, Prediction, PromptGroups, Rollout
 
 
 class Brightness(Reward):
@@ -93,7 +93,7 @@ class Fading(Regularizer):
         super().__init__(config)
         self.factor = torch.tensor(1.0)
 
-    def shape(self, advantages: Tensor, trajectory: Trajectory) -> Tensor:
+    def shape(self, advantages: Tensor, rollout: Rollout) -> Tensor:
         """Advantages times the factor."""
         return advantages * self.factor.to(advantages)
 

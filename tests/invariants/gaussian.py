@@ -72,5 +72,6 @@ def grpo_loss(log_prob: Tensor, old: Tensor, advantage: Tensor, share: float, **
         advantage,
         TextEmbeds(nothing[:, 0], nothing[:, 0, 0]),
         share,
+        torch.arange(n),
     )
     return Grpo(Grpo.Config(**settings)).loss(Prediction(nothing, nothing, nothing, log_prob), batch).terms["policy"]

@@ -247,6 +247,20 @@ def test_combining_one_reward_is_the_same_either_way() -> None:
         assert torch.equal(*both)
 
 
+@pytest.mark.parametrize("combine", ["scores", "advantages"])
+def test_a_reward_of_weight_0_has_no_part_in_anything(combine: str) -> None:
+    """Whatever it scored: advantages are the same bits, and an image that it alone applies to is refused all the same."""
+    config = Advantage(std="global", combine=combine)
+    scores, ids = {"r": torch.tensor([1.0, 2.0, 4.0, 4.5])}, torch.tensor([0, 0, 1, 1])
+    auxiliary = scores | {"x": torch.tensor([NAN, 1e9, -3.0, 0.0])}
+    weights = {"r": 0.5, "x": 0.0}
+    expected = group_advantages(scores, weights, ids, config)
+    assert torch.equal(group_advantages(auxiliary, weights, ids, config), expected)
+    assert torch.equal(total_score(auxiliary, weights), total_score(scores, weights))
+    with pytest.raises(RunError, match="image 2 "):
+        group_advantages(auxiliary | {"r": torch.tensor([1.0, 2.0, NAN, 4.0])}, weights, ids, config)
+
+
 def test_negative_weights_turn_a_reward_round() -> None:
     """A penalty is a reward of negative weight."""
     ids = torch.zeros(3, dtype=torch.long)

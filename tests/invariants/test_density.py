@@ -195,7 +195,7 @@ def test_clip_metrics_and_range() -> None:
     old = torch.zeros(4)
     log_prob = torch.tensor([1.5, 1.5, 0.5, 0.5]).log().requires_grad_()
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    batch = MicroBatch(nothing, nothing, old, old, old, advantage, TextEmbeds(nothing, nothing), 1.0)
+    batch = MicroBatch(nothing, nothing, old, old, old, advantage, TextEmbeds(nothing, nothing), 1.0, old.long())
     algorithm = Grpo(Grpo.Config(clip_range=0.2))
     assert algorithm.clip_range == (0.2, 0.2)
     metrics = algorithm.loss(Prediction(nothing, nothing, nothing, log_prob), batch).metrics

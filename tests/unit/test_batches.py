@@ -125,6 +125,7 @@ def test_everything_about_an_image_travels_together() -> None:
         assert torch.equal(images.advantages, advantages[numbers].float())
         assert images.prompt.tolist() == [int(n) // 4 for n in numbers]
         assert images.prompt.dtype == torch.int64
+        assert torch.equal(images.image, numbers.long())
 
 
 def test_no_survivor_is_an_empty_update() -> None:
@@ -156,6 +157,7 @@ def micro_batches_of(count: int, size: int, changes: Mapping[str, Any] | None = 
         trajectory.log_probs,
         torch.arange(count) - 0.5,
         torch.tensor(trajectory.groups.ids, dtype=torch.int64),
+        torch.arange(count) + 40,
     )
     return list(micro_batches(images, trajectory.levels, policy, PROMPTS, size, 0.125))
 
@@ -174,6 +176,7 @@ def test_rows_are_transitions_image_by_image() -> None:
             assert (batch.t[k], batch.t_next[k]) == (levels[step], levels[step + 1])
             assert batch.log_prob[k].item() == 100 * image + step
             assert batch.advantage[k].item() == image - 0.5
+            assert batch.image[k].item() == image + 40
             expected = policy.text([PROMPTS[image // 2]])
             assert torch.equal(batch.text.tokens[k], expected.tokens[0])
             assert torch.equal(batch.text.pooled[k], expected.pooled[0])
@@ -186,7 +189,7 @@ def test_a_prompt_is_encoded_once_however_often_it_occurs() -> None:
     parts = toy_parts(toy_run())
     trajectory = trajectory_of(8, 4)
     images = TrainingImages(
-        trajectory.latents, trajectory.log_probs, torch.ones(8), torch.tensor(trajectory.groups.ids)
+        trajectory.latents, trajectory.log_probs, torch.ones(8), torch.tensor(trajectory.groups.ids), torch.arange(8)
     )
     for _ in range(2):
         list(micro_batches(images, trajectory.levels, parts.policy, PROMPTS, 3, 1.0))

@@ -185,6 +185,7 @@ def test_sliding_windows() -> None:
         ({"dynamics": {"type": "ode"}}, ["no density", "cps, dance_sde, flow_sde or matching"]),
         ({"dynamics": {"type": "cps", "noise_level": 0}}, ["rollout.dynamics.noise_level = 0", "more than 0"]),
         ({"last_step_stochastic": True}, ["cps", "flow_sde or dance_sde"]),
+        ({"dynamics": {"type": "matching"}, "same_noise": True}, ["rollout.same_noise = true", "equal images"]),
     ],
 )
 def test_windows_and_dynamics_that_cannot_be(rollout: dict[str, Any], said: list[str]) -> None:
