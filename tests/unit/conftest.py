@@ -20,6 +20,7 @@ from t2irl.shapes.captions import parse_caption, sample_captions
 from t2irl.shapes.render import SIZE, render, sample_scene
 from t2irl.types import PromptGroups
 from tests.adversaries import write_dino, write_references
+from tests.judges import write_qwen
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +59,12 @@ def pictures() -> tuple[Tensor, PromptGroups]:
 def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Dinov2Model for 64 x 64 pixels."""
     return write_dino(tmp_path_factory.mktemp("dino"))
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2.5-VL for 64 x 64 pixels."""
+    return write_qwen(tmp_path_factory.mktemp("qwen"))
 
 
 @pytest.fixture(scope="session")
