@@ -111,10 +111,10 @@ def serving() -> Iterator[Stub]:
             self.end_headers()
             self.wfile.write(body)
 
-        def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
+        def do_GET(self) -> None:
             self.send(200, {"data": [{"id": "judge"}]} if self.path == "/v1/models" else {})
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             stub.requests.append(body)
             stub.headers.append(dict(self.headers))

@@ -170,7 +170,7 @@ def test_a_busy_server_is_asked_again(stub: Stub) -> None:
     with pytest.raises(RunError, match=r"no usable answer in 3 tries \(the last one: HTTP 500.*not now"):
         reward.score(*shades(0.4))
     stub.failures = [400]
-    with pytest.raises(RunError, match="refused the request .HTTP 400"):
+    with pytest.raises(RunError, match=r"refused the request \(HTTP 400"):
         reward.score(*shades(0.4))
     assert len(stub.requests) == 7  # a bad request is not repeated
 
