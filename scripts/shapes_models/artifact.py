@@ -29,13 +29,13 @@ from t2irl.shapes.corruptions import FAMILIES, KINDS, corrupt
 from t2irl.shapes.render import SIZE, render, sample_scene
 from t2irl.shapes.verify import verify
 
-PROMPTS, DETAIL = 1536, 24
+PROMPTS, DETAIL = 1536, 16
 GOOD, BAD = 0.87, 0.6
 """Drawings of the base model that the verifier finds cleaner than this are clean, less clean than that are broken."""
-TRAINING = Settings(steps=600, bf16=True)
+TRAINING = Settings(steps=500, lr=4e-3, bf16=True)
 EXAMPLES, ACROSS = 192, 16
 """Labelled pictures that are written beside the classifier, and how many stand in a row."""
-TRIED = 80
+TRIED = 48
 """Pictures of each kind on which a classifier is tried."""
 
 
@@ -128,7 +128,7 @@ def climb(images: Tensor, texts: Sequence[str], scorer: ClipScorer) -> Tensor:
 
 
 def label(sources: Sources, part: Part, vae: AutoencoderKL, scorer: ClipScorer, seed: int, each: int | None) -> Pool:
-    """The labelled pictures of one part of the prompts. `each`: so many of every kind; None: two of each clean picture."""
+    """The labelled pictures of one part of the prompts. `each`: so many of every kind; None: three for two clean pictures."""
     rows = [k for k, prompt in enumerate(sources.prompts) if part_of(prompt, seed) == part]
     good = [k for k in rows if sources.cleanliness[k] >= GOOD]
     bad = [k for k in rows if sources.cleanliness[k] < BAD]
@@ -141,7 +141,7 @@ def label(sources: Sources, part: Part, vae: AutoencoderKL, scorer: ClipScorer, 
     generator = torch.Generator().manual_seed(seed + 7)
     names, lots = [*KINDS, "climbed"], [(clean.pictures, 0, clean.prompts, clean.kinds)]
     for through_decoder in (False, True):
-        count = len(clean.prompts) if each is None else each * len(names) // 2
+        count = each * len(names) // 2 if each is not None else len(clean.prompts) // (1 + through_decoder)
         order = torch.randperm(len(clean.prompts), generator=generator).repeat(-(-count // len(clean.prompts)))[:count]
         kinds = [names[k % len(names)] for k in range(count)]
         broken = _broken(clean, order.tolist(), kinds, scorer, generator)
@@ -184,10 +184,11 @@ def make_artifact(work: Path, assets: Path, seed: int, folds: int = len(FAMILIES
     started = time.process_time()
     sources, vae = draw_sources(work, assets / "tiny-sd3", seed)
     scorer = ClipScorer.load(assets / "tiny-clip", torch.device("cpu"))
-    pools = [
-        label(sources, part, vae, scorer, seed, each)
-        for part, each in (("train", None), ("select", 20), ("report", TRIED))
-    ]
+    file = work / "artifact_pools.pt"
+    if not file.exists():
+        sizes: tuple[tuple[Part, int | None], ...] = (("train", None), ("select", 20), ("report", TRIED))
+        torch.save([vars(label(sources, part, vae, scorer, seed, each)) for part, each in sizes], file)
+    pools = [Pool(**content) for content in torch.load(file, weights_only=True)]
     learn, select, tried = pools
     print(f"{len(learn.labels)} pictures to learn from, {time.process_time() - started:.0f} s", flush=True)
     unseen: dict[str, float] = {}
