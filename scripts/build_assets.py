@@ -2,7 +2,7 @@
 
     python scripts/build_assets.py        # 69 minutes on two cores shared with other work, tiny-dinov2 not counted
 
-Stages: tokenizer, vae, sd3 (text encoders and transformer together), clip, card, dino. Each training stage saves itself
+Stages: tokenizer, vae, sd3 (text encoders and transformer together), clip, card, dino, artifact. Each training stage saves itself
 every few hundred steps under `--work` and continues from there after an interruption; a finished stage is skipped.
 Everything is drawn from `--seed`.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from shapes_models.artifact import make_artifact
 from shapes_models.clip import build_clip
 from shapes_models.dino import make_dino
 from shapes_models.sd3 import PLAIN_STEPS, SD3_BATCH, SD3_STEPS, SHIFT, T5_ZEROS, Policy, build_sd3
@@ -155,13 +156,17 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--only", choices=["dino"], help="train nothing but tiny-dinov2, which needs none of the others"
+        "--only",
+        choices=["dino", "artifact"],
+        help="train nothing but tiny-dinov2, or tiny-artifact from the models there are",
     )
     args = parser.parse_args()
     keep_heap()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.only == "dino":
         return make_dino(args.work, args.out / "tiny-dinov2", args.seed)
+    if args.only == "artifact":
+        return make_artifact(args.work, args.out, args.seed)
 
     tokenizer = build_tokenizer(args.work / "tokenizer")
     write_prompts(args.out / "prompts")
@@ -175,6 +180,7 @@ def main() -> None:
     write_sd3(args.out / "tiny-sd3", policy, vae, tokenizer, SHIFT)
     write_card(args.out / "tiny-sd3", seconds_spent(args.work))
     make_dino(args.work, args.out / "tiny-dinov2", args.seed)
+    make_artifact(args.work, args.out, args.seed)
 
 
 if __name__ == "__main__":

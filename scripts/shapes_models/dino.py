@@ -23,6 +23,7 @@ from reward_models.vision import VisionBackbone
 from shapes_models.stage import Stage
 from shapes_models.vae import draw
 from t2irl.shapes.captions import sample_captions
+from t2irl.shapes.corruptions import blur, coarse, ghost, grain, warp
 from t2irl.shapes.render import SIZE, Scene, render, sample_scene
 
 DINO_STEPS, DINO_SCENES, DINO_PICTURES = 600, 32, 8_000
@@ -30,41 +31,14 @@ PATCH, WIDTH, HIDDEN_SHARE, TEMPERATURE = 8, 96, 0.4, 0.1
 SEEN = 512  # pictures that the figures of the card are measured on
 
 
-def _uniform(low: float, high: float, generator: torch.Generator) -> float:
-    return low + (high - low) * float(torch.rand((), generator=generator))
-
-
-def _resample(images: Tensor, shift: Tensor) -> Tensor:
-    """Pictures read at displaced places; `shift` (B, 64, 64, 2) in half pictures."""
-    identity = torch.eye(2, 3).expand(len(images), -1, -1)
-    grid = F.affine_grid(identity, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid + shift, padding_mode="border", align_corners=False)
+SPOILT = (grain, blur, warp, ghost, coarse)
+"""Ways in which pictures are spoilt."""
 
 
 def spoil(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each picture (B, 3, 64, 64) in [0, 1] spoilt in one of five ways: grain, blur, warped, two in one, coarse pixels."""
-    result = images.clone()
-    ways = torch.randint(5, (len(images),), generator=generator)
-    for k, way in enumerate(ways.tolist()):
-        one = images[k : k + 1]
-        if way == 0:
-            one = one + _uniform(0.04, 0.15, generator) * torch.randn(one.shape, generator=generator)
-        elif way == 1:
-            width = 3 + 2 * int(torch.randint(2, (), generator=generator))
-            for _ in range(2):
-                one = F.avg_pool2d(F.pad(one, (width // 2,) * 4, mode="replicate"), width, 1)
-        elif way == 2:
-            field = torch.randn(1, 2, 8, 8, generator=generator) * _uniform(0.05, 0.12, generator)
-            smooth = F.interpolate(field, [SIZE, SIZE], mode="bicubic", align_corners=False)
-            one = _resample(one, smooth.permute(0, 2, 3, 1))
-        elif way == 3:
-            other = images[int(torch.randint(len(images), (), generator=generator))][None]
-            one = torch.lerp(one, other, _uniform(0.15, 0.4, generator))
-        else:
-            side = SIZE // (2 + 2 * int(torch.randint(2, (), generator=generator)))
-            one = F.interpolate(F.interpolate(one, [side, side], mode="area"), [SIZE, SIZE])
-        result[k] = one[0]
-    return result.clamp(0, 1)
+    ways = torch.randint(len(SPOILT), (len(images),), generator=generator).tolist()
+    return torch.cat([SPOILT[way](images[k : k + 1], generator, images) for k, way in enumerate(ways)]).clamp(0, 1)
 
 
 def view(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,10 @@ class Reward:
     """Whether `prepare` wants the held-out prompts as well, which are scored at evaluation but never trained on."""
     seed = 0
     """The run's seed; set before `prepare`."""
+    name = ""
+    """Its name in the config; set before `prepare`."""
+    rollout_scores: Mapping[str, tuple[float, Tensor]] = {}
+    """Weights and scores (B,) of all rewards, by name, for the rollout that `update` sees; set before it."""
     policy_turn = True
     """Whether the policy learns from the rollout that `update` last saw; a trainable reward may keep it for itself."""
 
@@ -71,6 +75,10 @@ class Reward:
 
     def update(self, images: Tensor, groups: PromptGroups) -> dict[str, float]:
         """Learn from a rollout, (B, 3, H, W) float32 in [0, 1] (trainable rewards only); returns metrics."""
+        return {}
+
+    def report(self) -> dict[str, float]:
+        """Metrics of the scores given since the last call, once an iteration and on all processes alike."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -30,8 +30,9 @@ class RewardSet:
         self.rewards: dict[str, Reward] = {n: registry.build("rewards", c, device) for n, c in configs.items()}
         self.weights = {name: reward.config.weight for name, reward in self.rewards.items()}
         self.device, self.batch_size, self.work = device, batch_size, work
-        for reward in self.rewards.values():
-            reward.seed = seed
+        self._latest: dict[str, Tensor] = {}
+        for name, reward in self.rewards.items():
+            reward.seed, reward.name = seed, name
 
     @property
     def learns(self) -> bool:
@@ -71,7 +72,8 @@ class RewardSet:
                     values = reward.score(pictures, part).float().cpu()
                 self._check(name, reward, values, part)
                 scores[name].append(values)
-        return {name: torch.cat([torch.empty(0), *parts]) for name, parts in scores.items()}
+        self._latest = {name: torch.cat([torch.empty(0), *parts]) for name, parts in scores.items()}
+        return dict(self._latest)
 
     def only(self, names: Collection[str]) -> RewardSet:
         """Some of these rewards: the same objects in a set of their own."""
@@ -107,7 +109,9 @@ class RewardSet:
         """
         metrics, policy_turn = {}, True
         for name, reward in self.rewards.items():
+            metrics |= {f"reward/{name}/{key}": value for key, value in reward.report().items()}
             if reward.learns:
+                reward.rollout_scores = {n: (self.weights[n], values) for n, values in self._latest.items()}
                 found = reward.update(images.to(self.device).float().div(255), groups)
                 metrics |= {f"reward/{name}/{key}": value for key, value in found.items()}
                 policy_turn = policy_turn and reward.policy_turn

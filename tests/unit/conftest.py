@@ -20,6 +20,8 @@ from t2irl.shapes.captions import parse_caption, sample_captions
 from t2irl.shapes.render import SIZE, render, sample_scene
 from t2irl.types import PromptGroups
 from tests.adversaries import write_dino, write_references
+from tests.artifacts import write_classifier
+from tests.judges import write_qwen
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +63,23 @@ def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2.5-VL for 64 x 64 pixels."""
+    return write_qwen(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture(scope="session")
+def special(tmp_path_factory: pytest.TempPathFactory, qwen_folder: Path) -> dict[str, dict[str, Any]]:
+    """What rewards need that take another folder than a CLIP or a DINO."""
+    classifier = {"path": write_classifier(tmp_path_factory.mktemp("classifier"))}
+    return {
+        "artifact": classifier,
+        "artifact_adaptive": classifier | {"labeller": {"type": "vividness"}},
+        "artifact_judge": {"path": qwen_folder, "precision": "fp32", "answer_mass": 0},
+    }
+
+
+@pytest.fixture(scope="session")
 def reference_index(tmp_path_factory: pytest.TempPathFactory, pictures: tuple[Tensor, PromptGroups]) -> Path:
     """Four reference images of each prompt of `pictures`."""
     rng = np.random.default_rng(5)
@@ -70,13 +89,19 @@ def reference_index(tmp_path_factory: pytest.TempPathFactory, pictures: tuple[Te
 
 @pytest.fixture
 def make(
-    clip_folder: Path, dino_folder: Path, reference_index: Path, pictures: tuple[Tensor, PromptGroups]
+    clip_folder: Path,
+    dino_folder: Path,
+    reference_index: Path,
+    pictures: tuple[Tensor, PromptGroups],
+    special: dict[str, dict[str, Any]],
 ) -> Callable[..., Reward]:
     """Build a reward by name on the CPU, ready for the prompts of `pictures`."""
 
     def build(name: str, **settings: Any) -> Reward:
         fields = registry.find("rewards", name).Config.model_fields
-        if "path" in fields:
+        if name in special:
+            settings = special[name] | settings
+        elif "path" in fields:
             settings = {"path": clip_folder if "clip" in name else dino_folder} | settings
         if "references" in fields and "frozen" not in settings:
             settings = {"references": {"index": reference_index}} | settings
