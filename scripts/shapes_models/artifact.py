@@ -32,7 +32,7 @@ from t2irl.shapes.verify import verify
 PROMPTS, DETAIL = 1536, 16
 GOOD, BAD = 0.87, 0.6
 """Drawings of the base model that the verifier finds cleaner than this are clean, less clean than that are broken."""
-TRAINING = Settings(steps=1200, lr=4e-3, bf16=True)
+TRAINING = Settings(steps=500, lr=4e-3, bf16=True)
 EXAMPLES, ACROSS = 192, 16
 """Labelled pictures that are written beside the classifier, and how many stand in a row."""
 TRIED = 48
@@ -148,13 +148,7 @@ def label(sources: Sources, part: Part, vae: AutoencoderKL, scorer: ClipScorer, 
         broken = redraw(vae, broken) if through_decoder else broken
         lots.append((broken, 1, [clean.prompts[k] for k in order.tolist()], kinds))
     lots.append((sources.drawn[bad], 1, texts(bad), ["drawn badly"] * len(bad)))
-    return rated(Pool.of(lots))
-
-
-def rated(pool: Pool) -> Pool:
-    """Without broken pictures that the verifier finds clean, such as grain that the decoder took away."""
-    cleanliness = verify(pool.pictures, pool.prompts)["cleanliness"]
-    return pool.take([k for k, y in enumerate(pool.labels.tolist()) if y == 0 or cleanliness[k] < GOOD])
+    return Pool.of(lots)
 
 
 def _broken(clean: Pool, order: list[int], kinds: list[str], scorer: ClipScorer, generator: torch.Generator) -> Tensor:
@@ -254,8 +248,7 @@ All kinds seen in training:
 {table}
 
 Same-prompt pairs by kind of corruption: a clean picture that the policy could draw (through its decoder, or by the base model)
-against a broken one of the same caption, half of them through the decoder after they were broken. Broken pictures that the verifier
-still finds more than {good} clean are left out. *Never seen*: its whole family of
+against a broken one of the same caption, half of them through the decoder after they were broken. *Never seen*: its whole family of
 similar kinds was left out of the training.
 
 | kind | never seen | seen |
