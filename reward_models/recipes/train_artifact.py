@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,8 @@ def calibrate(logits: Tensor, labels: Tensor) -> float:
     def loss(log_t: float) -> float:
         return float(F.binary_cross_entropy_with_logits(z / torch.tensor(log_t).exp(), y))
 
-    return float(torch.tensor(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x).exp())
+    found: Any = minimize_scalar(loss, bounds=(-3, 3), method="bounded")
+    return float(torch.tensor(found.x).exp())
 
 
 def calibration_error(p: Tensor, labels: Tensor, bins: int = 10) -> float:

@@ -110,7 +110,7 @@ class Pool:
     def of(parts: Sequence[tuple[Tensor, int, list[str], list[str]]]) -> Pool:
         """Several lots of pictures, label, prompts and kinds."""
         labels = torch.cat([torch.full((len(pictures),), label) for pictures, label, _, _ in parts])
-        prompts, kinds = ([x for part in parts for x in part[place]] for place in (2, 3))
+        prompts, kinds = [x for part in parts for x in part[2]], [x for part in parts for x in part[3]]
         return Pool(torch.cat([pictures for pictures, _, _, _ in parts]), labels, prompts, kinds)
 
 
