@@ -1,1 +1,1 @@
-"""Formulas of the guards against reward hacking: pure functions in float64 and small controllers, without models."""
+"""What the guards against reward hacking are made of: formulas in float64, small controllers, evaluations of a reward."""

@@ -46,7 +46,8 @@ class AdaptiveReference(Regularizer):
                 return (
                     "has neither threshold nor every, so it would never move: set one, or use kl with anchor: reference"
                 )
-            if not any(config.model_dump().get("anchor") == name for config in run.regularizers.values()):
+            trees = [config.model_dump() for config in run.regularizers.values()]
+            if not any(name in (tree.get("anchor"), (tree.get("trust") or {}).get("anchor")) for tree in trees):
                 return f"is used by no regulariser: set anchor: {name} in one of type kl or gated_kl"
             return super().problem(run)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,13 @@ class RewardSet:
                 self._check(name, reward, values, part)
                 scores[name].append(values)
         return {name: torch.cat([torch.empty(0), *parts]) for name, parts in scores.items()}
+
+    def only(self, names: Collection[str]) -> RewardSet:
+        """Some of these rewards: the same objects in a set of their own."""
+        chosen = copy.copy(self)
+        chosen.rewards = {name: reward for name, reward in self.rewards.items() if name in names}
+        chosen.weights = {name: self.weights[name] for name in chosen.rewards}
+        return chosen
 
     def measure(self, images: Tensor, groups: PromptGroups) -> dict[str, float]:
         """Measures of whole sets, by name. Every process calls it with its part of the (B, 3, H, W) uint8 pictures."""

@@ -89,15 +89,16 @@ def test_balanced_processes_send_nothing() -> None:
 def test_balancing_keeps_every_image_once(two: list[dict[str, Any]], counts: list[int]) -> None:
     """As many on each process, within one; all tensors of an image stay together, with their dtypes."""
     parts = [process["transfers"]["balance", tuple(counts)] for process in two]
-    sizes = [len(latents) for latents, _, _, _ in parts]
+    sizes = [len(part[0]) for part in parts]
     assert max(sizes) - min(sizes) <= 1
     numbers = []
-    for latents, log_probs, advantages, prompt in parts:
+    for latents, log_probs, advantages, prompt, image in parts:
         assert (latents.dtype, log_probs.dtype, advantages.dtype, prompt.dtype) == (*[torch.float32] * 3, torch.int64)
         mine = prompt - 2**40
         assert torch.equal(latents, mine.float().view(-1, 1, 1, 1, 1).expand(-1, 4, 2, 2, 2))
         assert torch.equal(log_probs, mine.float()[:, None].expand(-1, 3))
         assert torch.equal(advantages, -mine.float())
+        assert torch.equal(image, mine)
         numbers += mine.tolist()
     assert sorted(numbers) == list(range(sum(counts)))
 
@@ -273,3 +274,24 @@ def test_a_process_without_images_takes_part_in_everything(tmp_path: Path) -> No
     assert first["metrics"]["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
     assert first["metrics"]["loss/policy"] != 0
     torch.testing.assert_close(first["weights"], worker.lonely()["weights"], rtol=0, atol=1e-6)
+
+
+def test_guards_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    """Uncertain rewards, gate, adaptive reference and diversity: decisions are the same, numbers up to rounding."""
+    first, second = (process["guards"] for process in together(tmp_path, "guards"))
+    assert_equal(first["state"], second["state"])
+    assert first["metrics"] == second["metrics"]
+    alone = worker.guards()
+    for iteration, chosen in enumerate(alone["chosen"]):
+        assert 0 < int(chosen.sum()) < len(chosen)
+        assert torch.equal(first["chosen"][iteration], chosen) and torch.equal(second["chosen"][iteration], chosen)
+        both = torch.cat([part["advantages"][iteration] for part in (first, second)])
+        torch.testing.assert_close(both, alone["advantages"][iteration], rtol=0, atol=0.02)
+        for part in (first, second):
+            for name, expected in alone["metrics"][iteration].items():
+                assert part["metrics"][iteration][name] == pytest.approx(expected, rel=0.05, abs=0.02)
+    assert alone["state"]["slow"]["count"] > 0
+    assert first["state"]["slow"] == alone["state"]["slow"]
+    moved = (alone["weights"][-1] - alone["weights"][0]).abs().max().item()
+    torch.testing.assert_close(first["weights"][-1], alone["weights"][-1], rtol=0, atol=0.05 * moved)
+    assert torch.equal(first["weights"][-1], second["weights"][-1])

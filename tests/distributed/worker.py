@@ -29,6 +29,7 @@ from t2irl.train import own_groups, shaped, update_policy
 from t2irl.types import MicroBatch, Prediction, PromptGroups, Rollout, TrainingImages, Trajectory
 from t2irl.utils import distributed
 from tests.adversaries import write_dino, write_references
+from tests.invariants.test_gardo import GATE, RECORDED, SLOW, gardo_run, iterate
 from tests.invariants.toy import PROMPTS, toy_parts, toy_rollout, toy_run
 
 CPU = torch.device("cpu")
@@ -240,6 +241,28 @@ def lonely() -> dict[str, Any]:
     }
 
 
+def guards() -> dict[str, Any]:
+    """Three iterations with every guard; the third of five groups lies on both of two processes."""
+    run = gardo_run(
+        {
+            "unsure": {"type": "uncertainty", "trust": {"kind": "v_mse"}, "control": "shuffled"},
+            "gate": {**GATE, "normaliser": "gated", "adapt": {"window": 1, "warmup": 1}},
+            "slow": {**SLOW, "threshold": 1e-3},
+            "wide": {"type": "diversity", "path": None},
+        },
+        rollout={"prompts": 5, **RECORDED},
+    )
+    parts = toy_parts(run)
+    found: dict[str, Any] = {"advantages": [], "chosen": [], "metrics": [], "weights": []}
+    for _ in range(3):
+        found["advantages"] += iterate(run, parts, 1)
+        found["chosen"].append(parts.regularizers["gate"].chosen)
+        found["metrics"].append({name: r.metrics() for name, r in parts.regularizers.items()})
+        found["weights"].append(torch.cat([p.detach().flatten() for p in parts.policy.trained.values()]))
+    found["state"] = parts.state_dict()["regularizers"]
+    return found
+
+
 def adversary() -> dict[str, Any]:
     """Three iterations of an adversary that sees other pictures, and other numbers of them, on each process."""
     rng = np.random.default_rng(0)
@@ -279,7 +302,8 @@ def adversary() -> dict[str, Any]:
 
 
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
-    function.__name__: function for function in (transfers, gradients, training, matching, combined, prompts, lonely, adversary)
+    function.__name__: function
+    for function in (transfers, gradients, training, matching, combined, prompts, lonely, adversary, guards)
 }
 
 

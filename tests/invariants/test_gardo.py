@@ -19,6 +19,7 @@ from t2irl.monitor import UpdateLog
 from t2irl.rewards.base import Reward
 from t2irl.train import Parts, shaped, update_policy
 from t2irl.types import MicroBatch, PromptGroups, Rollout
+from t2irl.utils import distributed
 from tests.invariants.toy import PROMPTS, merged, toy_parts, toy_rollout, toy_run, weights_of
 
 HERE = "tests.invariants.test_gardo"
@@ -63,27 +64,32 @@ def gardo_run(
         "update": {"per_iteration": 2, "batch_size": 5},
         "optimizer": {"lr": 0.05, "eps": 0.01},
     }
-    return toy_run(merged(tree, changes) | {"rewards": REWARDS})
+    return toy_run({"rewards": REWARDS, **merged(tree, changes)})
 
 
 def scored(run: Run, parts: Parts) -> tuple[Tensor, Rollout]:
-    """A rollout and its advantages, as the loop makes them."""
-    trajectory = toy_rollout(run, parts)
+    """This process's advantages and the scored rollout, as the loop makes them."""
+    trajectory, cpu = toy_rollout(run, parts), torch.device("cpu")
     scores = parts.rewards.score(trajectory.images, trajectory.groups)
-    ids = torch.tensor(trajectory.groups.ids)
-    advantages = group_advantages(scores, parts.rewards.weights, ids, run.advantage).float()
-    return advantages, Rollout(trajectory, scores, ids, 0, parts.clock.iteration)
+    table = {name: distributed.gather_rows(values, cpu) for name, values in scores.items()}
+    ids = distributed.gather_rows(torch.tensor(trajectory.groups.ids), cpu)
+    first = distributed.rank() * len(trajectory.groups)
+    found = Rollout(trajectory, table, ids, first, parts.clock.iteration)
+    return group_advantages(table, parts.rewards.weights, ids, run.advantage).float()[found.own], found
 
 
-def iterate(run: Run, parts: Parts, count: int) -> None:
-    """The loop without metrics."""
+def iterate(run: Run, parts: Parts, count: int) -> list[Tensor]:
+    """The loop without metrics; this process's advantages of each iteration."""
+    found = []
     for _ in range(count):
         advantages, rollout = scored(run, parts)
         advantages = shaped(advantages, rollout, parts)
+        found.append(advantages)
         chosen = updates(rollout.trajectory, advantages, parts.geometry, run.seed, rollout.iteration, False)
         for images in chosen:
             update_policy(run, parts, images, rollout.trajectory.levels, UpdateLog(torch.device("cpu")))
         parts.clock.iteration += 1
+    return found
 
 
 def batches(run: Run, parts: Parts, size: int) -> list[MicroBatch]:
