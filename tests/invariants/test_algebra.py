@@ -32,7 +32,7 @@ class Clock:
 
 def a_run(combine: dict[str, Any] | None, **changes: Any) -> Run:
     """A run of the rewards a, b, c and `spare` of weight 0."""
-    rewards = {name: dict(BRIGHT) for name in NAMES}
+    rewards: dict[str, dict[str, Any]] = {name: dict(BRIGHT) for name in NAMES}
     rewards["spare"]["weight"] = 0
     for name, weight in changes.pop("weights", {}).items():
         rewards[name]["weight"] = weight

@@ -22,6 +22,13 @@ from t2irl.types import PromptGroups
 from tests.adversaries import write_dino, write_references
 
 
+NEEDS: dict[str, dict[str, Any]] = {
+    "diversity_logdet": {"allow_on_failures": True},
+    "sft": {"references": {"folder": "pictures"}},
+}
+"""What a plugin's config cannot be without, besides single values."""
+
+
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random CLIP in the format of assets/tiny-clip: float16 weights, a tokenizer of single letters."""
