@@ -21,7 +21,6 @@ from t2irl.shapes.render import SIZE, render, sample_scene
 from t2irl.types import PromptGroups
 from tests.adversaries import write_dino, write_references
 
-
 NEEDS: dict[str, dict[str, Any]] = {
     "diversity_logdet": {"allow_on_failures": True},
     "sft": {"references": {"folder": "pictures"}},
