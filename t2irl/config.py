@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -23,40 +21,15 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from t2irl.registry import Plugin, mentions
+from t2irl.algebra.config import Combine
+from t2irl.algebra.rules import combine_problem
+from t2irl.registry import Plugin
+from t2irl.strict import Strict
 
 ENTRY_NAME = re.compile(r"[A-Za-z0-9_-]+")
 """What a reward or regulariser may be called: its name is part of log keys and of overrides."""
 RESERVED_NAMES = frozenset({"total", "type"})
 """Names with a meaning of their own in log keys and in configs."""
-
-
-class Strict(BaseModel):
-    """Base of every config class: unknown keys are errors, values are frozen, docs stand under the fields."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-        validate_default=True,
-        allow_inf_nan=False,
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _true_is_no_number(cls, data: Any) -> Any:
-        # pydantic would read true as 1; as text it is refused like any other text.
-        if not isinstance(data, dict):
-            return data
-        return {key: str(value).lower() if cls._misplaced_bool(key, value) else value for key, value in data.items()}
-
-    @classmethod
-    def _misplaced_bool(cls, key: str, value: Any) -> bool:
-        if not isinstance(value, bool) or key not in cls.model_fields:
-            return False
-        annotation = cls.model_fields[key].annotation
-        return mentions(annotation, int, float) and not mentions(annotation, bool)
 
 
 class Lora(Strict):
@@ -279,6 +252,8 @@ class Run(Strict):
     """Rewards that are only measured, never in the gradient."""
     regularizers: dict[str, Plugin("regularizers")] = {}  # type: ignore[valid-type]
     """Regularisers, by a name of your choice."""
+    combine: Combine | None = None
+    """How scores become one advantage; null: the weighted sum, normalised as `advantage` says. See docs/reward_algebra.md."""
     update: Update = Update()
     """Updates and micro-batches."""
     optimizer: Optimizer = Optimizer()
@@ -319,6 +294,8 @@ class Run(Strict):
                 raise PydanticCustomError("regularizer", "regularizers.{name} {problem}", found)
         if not any(config.weight for config in self.rewards.values()):
             raise PydanticCustomError("weight", "all rewards have weight 0, so there is nothing to train on")
+        if problem := combine_problem(self):
+            raise PydanticCustomError("combine", "{problem}", {"problem": problem})
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from t2irl.utils import distributed
 if TYPE_CHECKING:
     from t2irl.train import Parts
 
-STAGES = ("rollout", "score", "adversary", "update", "evaluate", "grid")
+STAGES = ("base", "rollout", "score", "adversary", "update", "evaluate", "grid")
 GRID_COLUMNS = 6
 
 

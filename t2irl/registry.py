@@ -157,7 +157,8 @@ def class_of(annotation: Any, value: Any) -> type[BaseModel] | None:
             return find(kind, str(chosen)).Config if chosen is not None else None
         except LookupError:
             return None
-    classes = [c for c in map(_bare, alternatives(inner)) if inspect.isclass(c) and issubclass(c, BaseModel)]
+    members = [option for member in alternatives(inner) for option in alternatives(_bare(member))]
+    classes = [c for c in map(_bare, members) if inspect.isclass(c) and issubclass(c, BaseModel)]
     if len(classes) > 1:
         classes = [c for c in classes if c.model_fields["type"].default == chosen]
     return classes[0] if classes else None
@@ -193,11 +194,13 @@ def fields_of(root: type[BaseModel], prefix: str = "", choice: str = "") -> Iter
     """
     for name, field in root.model_fields.items():
         yield f"{prefix}{name}", field, choice
-        parts = map(_bare, alternatives(field.annotation))
+        named = get_origin(field.annotation) is dict
+        inside = get_args(field.annotation)[1] if named else field.annotation
+        parts = map(_bare, (option for member in alternatives(inside) for option in alternatives(_bare(member))))
         classes = [c for c in parts if inspect.isclass(c) and issubclass(c, BaseModel)]
         for inner in classes:
             below = inner.model_fields["type"].default if len(classes) > 1 else choice
-            yield from fields_of(inner, f"{prefix}{name}.", below)
+            yield from fields_of(inner, f"{prefix}{name}.{'NAME.' if named else ''}", below)
 
 
 def default_types(root: type[BaseModel]) -> dict[str, Any]:

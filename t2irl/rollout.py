@@ -25,7 +25,9 @@ class Noise:
     pictures outside training. Drawn on the CPU, whose generator is the same everywhere.
     """
 
-    def __init__(self, seed: int, stream: int | Literal["evaluation", "grid", "export"], same_noise: bool = False):
+    def __init__(
+        self, seed: int, stream: int | Literal["evaluation", "grid", "export", "base"], same_noise: bool = False
+    ):
         self.seed, self.stream, self.same_noise = seed, stream, same_noise
 
     def draw(self, groups: PromptGroups, count: int, shape: tuple[int, ...]) -> Tensor:

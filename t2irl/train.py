@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from t2irl import registry
-from t2irl.advantages import group_advantages
+from t2irl.algebra.pipeline import Pipeline
 from t2irl.algorithms.base import Algorithm
 from t2irl.batches import micro_batches, updates
 from t2irl.check import describe
@@ -48,18 +48,23 @@ class Parts:
     clock: Clock
 
     def __post_init__(self) -> None:
+        self.pipeline = Pipeline(self.geometry.run, self.rewards)
         for name, regularizer in self.regularizers.items():
             regularizer.prepare(name, self)
 
     def state_dict(self) -> dict[str, Any]:
         """State besides the policy's weights and the clock."""
         found = {name: state for name, r in self.regularizers.items() if (state := r.state_dict())}
-        return {"optimizer": self.optimizer.state_dict(), "rewards": self.rewards.state_dict(), "regularizers": found}
+        combined = {"combine": state} if (state := self.pipeline.state_dict()) else {}
+        return {
+            "optimizer": self.optimizer.state_dict(), "rewards": self.rewards.state_dict(), "regularizers": found, **combined
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.rewards.load_state_dict(state["rewards"])
+        self.pipeline.load_state_dict(state.get("combine", {}))
         for name, saved in state["regularizers"].items():
             self.regularizers[name].load_state_dict(saved)
 
@@ -116,6 +121,7 @@ def train(run: Run, *, resume: str = "auto") -> Path:
             # 1. Roll out: G images for each prompt; keep states and log-densities of the trained window.
             iteration = clock.iteration
             groups = own_groups(run, parts)
+            parts.pipeline.meet(ctx, parts)
             window = geometry.trained_timesteps(iteration, run.seed)
             noise = Noise(run.seed, iteration, run.rollout.same_noise)
             with ctx.timed("rollout", len(groups)) as advance:
@@ -131,10 +137,10 @@ def train(run: Run, *, resume: str = "auto") -> Path:
             # 4. Credit: group-relative, over all processes, then shaped.
             table = {name: distributed.gather_rows(values, ctx.device) for name, values in scores.items()}
             ids = distributed.gather_rows(torch.tensor(groups.ids), ctx.device)
-            everyone = group_advantages(table, parts.rewards.weights, ids, run.advantage)
-            first = distributed.rank() * len(groups)
-            advantages = everyone[first : first + len(groups)].float()
-            advantages = shaped(advantages, Rollout(trajectory, table, ids, first, iteration), parts)
+            credit = parts.pipeline.credit(table, ids)
+            scored = Rollout(trajectory, table, ids, distributed.rank() * len(groups), iteration)
+            advantages = shaped(credit.advantages[scored.own].float(), scored, parts)
+            advantages = credit.filtered(advantages, scored.own)
             # 5. Update the policy, unless a trainable reward keeps the rollout for itself.
             log = UpdateLog(ctx.device)
             with ctx.timed("update", geometry.updates_per_iteration) as advance:
@@ -145,7 +151,7 @@ def train(run: Run, *, resume: str = "auto") -> Path:
             clock.iteration += 1  # before saving: a resumed run starts at the next one
             clock.images += geometry.images
             # 6. Show and keep.
-            metrics = iteration_metrics(ctx, parts, table, ids, everyone, log) | learned
+            metrics = iteration_metrics(ctx, parts, table, ids, credit.advantages, log) | credit.metrics | learned
             show(ctx, parts, metrics)
             if clock.iteration % run.checkpoints.every == 0 or clock.iteration == run.iterations:
                 ctx.save(parts)

@@ -48,7 +48,7 @@ def together(folder: Path, scenarios: str, processes: int = 2) -> list[dict[str,
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """All scenarios that need no process of their own, in two processes."""
-    return together(tmp_path_factory.mktemp("two"), "transfers,gradients,training,matching,prompts")
+    return together(tmp_path_factory.mktemp("two"), "transfers,gradients,training,matching,combined,prompts")
 
 
 # The plan of transfers, without processes.
@@ -229,6 +229,22 @@ def test_two_processes_train_as_one_does(two: list[dict[str, Any]], scenario: st
             assert metrics["regularizer/kl"] == pytest.approx(expected["regularizer/kl"], rel=0.02, abs=1e-6)
         # Sums over all processes and means over all transitions: every process reports the same number.
         assert parts[0]["metrics"][iteration] == parts[1]["metrics"][iteration]
+
+
+def test_a_pipeline_over_two_processes_is_that_of_one(two: list[dict[str, Any]]) -> None:
+    """Base-model scores, multipliers, filter, diversity and chi-square: equal on both, and those of one process up to rounding."""
+    alone, (first, second) = worker.combined(), (process["combined"] for process in two)
+    assert_equal(first, second)
+    for name, values in alone["base"].items():
+        torch.testing.assert_close(first["base"][name], values, rtol=1e-3, atol=1e-3)
+    moved = (alone["weights"][-1] - alone["weights"][0]).abs().max().item()
+    assert moved > 0.005
+    for found, expected in zip(first["weights"], alone["weights"], strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * moved)
+    for found, expected in zip(first["metrics"], alone["metrics"], strict=True):
+        assert found == pytest.approx(expected, rel=0.02, abs=1e-3)
+    assert (alone["advantages"][0] == 0).sum() == 12  # half of each group was left out
+    torch.testing.assert_close(first["advantages"][0], alone["advantages"][0], rtol=0.02, atol=1e-3)
 
 
 def test_two_adversaries_stay_one(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import datetime
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,8 +25,8 @@ from t2irl.algorithms.grpo import Grpo
 from t2irl.batches import micro_batches, updates
 from t2irl.geometry import Geometry
 from t2irl.monitor import UpdateLog
-from t2irl.train import own_groups, update_policy
-from t2irl.types import MicroBatch, Prediction, PromptGroups, TrainingImages, Trajectory
+from t2irl.train import own_groups, shaped, update_policy
+from t2irl.types import MicroBatch, Prediction, PromptGroups, Rollout, TrainingImages, Trajectory
 from t2irl.utils import distributed
 from tests.adversaries import write_dino, write_references
 from tests.invariants.test_gardo import GATE, RECORDED, SLOW, gardo_run, iterate
@@ -152,6 +154,52 @@ def training(rollout: dict[str, Any] | None = None) -> dict[str, Any]:
     return found
 
 
+def combined() -> dict[str, Any]:
+    """Three iterations of a pipeline with base-model scores, constraints and a filter, and of regularisers that need all images."""
+    bright, dark = ({"type": "tests.invariants.toy:Brightness", "weight": 1} for _ in range(2))
+    run = toy_run(
+        {
+            "rollout": {"prompts": 6, "window": {"type": "fixed", "start": 0, "size": 3}},
+            "rewards": {"dark": dark},
+            "heldout_rewards": {"gold": bright},
+            "combine": {
+                "aggregate": {"type": "constraints", "average": 0, "rate": 3},
+                "rewards": {
+                    "brightness": {"bound": {"type": "clip", "quantile": 0.8}},
+                    "dark": {"constraint": {"quantile": 0.9}},
+                },
+                "filter": {"type": "best_worst"}, "base_images": 13,
+            },
+            "regularizers": {
+                "chi": {"type": "chi_square", "coefficient": 0.1},
+                "wide": {"type": "diversity_logdet", "path": None, "allow_on_failures": True, "base_prompts": 3},
+            },
+            "update": {"per_iteration": 2, "batch_size": 5},
+            "optimizer": {"lr": 0.05, "eps": 0.01},
+        }
+    )  # fmt: skip
+    parts, context = toy_parts(run), SimpleNamespace(timed=lambda stage, total: nullcontext())
+    found: dict[str, Any] = {"weights": [], "metrics": [], "advantages": []}
+    for iteration in range(3):
+        parts.clock.iteration = iteration
+        parts.pipeline.meet(cast(Any, context), parts)
+        trajectory, log = toy_rollout(run, parts), UpdateLog(CPU)
+        scores = parts.rewards.score(trajectory.images, trajectory.groups)
+        table = {name: distributed.gather_rows(values, CPU) for name, values in scores.items()}
+        ids = distributed.gather_rows(torch.tensor(trajectory.groups.ids), CPU)
+        credit = parts.pipeline.credit(table, ids)
+        scored = Rollout(trajectory, table, ids, distributed.rank() * len(trajectory.groups), iteration)
+        advantages = credit.filtered(shaped(credit.advantages[scored.own].float(), scored, parts), scored.own)
+        for images in updates(trajectory, advantages, parts.geometry, run.seed, iteration, False):
+            update_policy(run, parts, images, trajectory.levels, log)
+            found["weights"].append(torch.cat([p.detach().flatten() for p in parts.policy.trained.values()]))
+        found["advantages"].append(distributed.gather_rows(advantages, CPU))
+        own = {f"{name}/{k}": v for name, r in parts.regularizers.items() for k, v in r.metrics().items()}
+        found["metrics"].append(credit.metrics | own)
+    found["base"] = parts.pipeline.base.pooled
+    return found
+
+
 def prompts() -> dict[str, Any]:
     """Prompt ids, member numbers and windows of forty iterations."""
     run = toy_run(
@@ -255,7 +303,7 @@ def adversary() -> dict[str, Any]:
 
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     function.__name__: function
-    for function in (transfers, gradients, training, matching, prompts, lonely, adversary, guards)
+    for function in (transfers, gradients, training, matching, combined, prompts, lonely, adversary, guards)
 }
 
 

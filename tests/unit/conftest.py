@@ -23,6 +23,12 @@ from tests.adversaries import write_dino, write_references
 from tests.artifacts import write_classifier
 from tests.judges import write_qwen
 
+NEEDS: dict[str, dict[str, Any]] = {
+    "diversity_logdet": {"allow_on_failures": True},
+    "sft": {"references": {"folder": "pictures"}},
+}
+"""What a plugin's config cannot be without, besides single values."""
+
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

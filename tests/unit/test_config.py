@@ -14,6 +14,7 @@ from t2irl import registry
 from t2irl.config import Run
 from t2irl.errors import ConfigError
 from t2irl.loading import describe_fields, dump_run, load_run
+from tests.unit.conftest import NEEDS
 
 BASE = """\
 model: {type: sd3, path: assets/tiny-sd3}
@@ -298,7 +299,7 @@ def test_dump_and_load_give_an_equal_run(files: Files, text: str) -> None:
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind in registry.KINDS for name in registry.names(kind)])
 def test_every_plugin_survives_a_round_trip(files: Files, kind: str, name: str) -> None:
     required = {key: "x" for key, field in registry.find(kind, name).Config.model_fields.items() if field.is_required()}
-    entry = required | {"type": name}
+    entry = required | {"type": name} | NEEDS.get(name, {})
     places: dict[str, Any] = {
         "models": {"model": entry},
         "dynamics": {"rollout": {"dynamics": entry}},
@@ -307,8 +308,7 @@ def test_every_plugin_survives_a_round_trip(files: Files, kind: str, name: str) 
         "regularizers": {"regularizers": {"mine": entry}},
     }
     run = files.load(yaml.safe_dump(places[kind]))
-    again = load_run([files.write(dump_run(run), "dump.yaml")])
-    assert again == run
+    assert (again := load_run([files.write(dump_run(run), "dump.yaml")])) == run
     assert yaml.safe_load(dump_run(again)) == run.model_dump(mode="json")
 
 

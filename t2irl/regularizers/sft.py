@@ -1,0 +1,169 @@
+"""Supervised fine-tuning on reference images as a regulariser (RPO, arXiv 2405.16436, for flow models)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from t2irl.adversary.memory import Memory
+from t2irl.batches import assigned
+from t2irl.config import Run
+from t2irl.data import noise_seed
+from t2irl.dynamics.base import per_sample
+from t2irl.errors import ConfigError
+from t2irl.geometry import even_chunks
+from t2irl.policy import Policy
+from t2irl.references import ReferenceImages
+from t2irl.regularizers.base import Regularizer
+from t2irl.types import Clock, MicroBatch, Prediction, Rollout, TextEmbeds
+from t2irl.utils import distributed
+
+if TYPE_CHECKING:
+    from t2irl.train import Parts
+
+LATENT_MEMORY = 256 * 2**20
+"""Bytes of encoded reference images kept."""
+CHOICE, METER = "sft choice", "sft meter"
+"""Streams of the draws: which images of an update, and the fixed batch."""
+
+
+class Sft(Regularizer):
+    """coefficient x E ||v(x_t, t, prompt) - (noise - x_0)||^2, x_t = (1 - t) x_0 + t noise: the loss of pre-training, mean over elements,
+    on reference images x_0 of the prompts that are trained on.
+
+    It holds the policy near pictures that are known to be good, whatever the reward says of its own. Reference images drawn by
+    the base model itself (`scripts/make_references.py --model`) make it a pure anchor.
+    """
+
+    class Config(Regularizer.Config):
+        """Settings."""
+
+        type: Literal["sft"] = "sft"
+        coefficient: PositiveFloat = 0.01
+        """Weight. The published one, 0.005 x beta 0.01 of a language model's loss, has another scale."""
+        references: ReferenceImages.Config
+        """Reference images of the prompts trained on."""
+        missing: Literal["error", "skip"] = "error"
+        """A prompt without reference images is refused at the start, or left out of the loss."""
+        images: PositiveInt = 8
+        """Reference images in an update, over all processes, each with one noise level; at most one for each of its images."""
+        density: Literal["logit_normal", "uniform"] = "logit_normal"
+        """How noise levels are drawn: sigmoid of a standard normal number, as SD3 was trained, or evenly over [0, 1]."""
+        meter: int = Field(default=16, ge=0)
+        """Reference images, noise and levels of a fixed batch whose loss is logged in each iteration, without gradient; 0: none."""
+
+        def problem(self, run: Run) -> str | None:
+            """More reference images than images to put them beside."""
+            most = run.rollout.prompts * run.rollout.group_size // run.update.per_iteration
+            if self.images > most:
+                return f"has images = {self.images}, but an update has {most} images; use at most {most}"
+            return super().problem(run)
+
+    needs_all_images = True
+
+    def prepare(self, name: str, parts: Parts) -> None:
+        """Look up the reference images. Raises ConfigError for a model that cannot encode pictures."""
+        self.parts, self.seed = parts, parts.geometry.run.seed
+        if not parts.family.encodes_images:
+            kind = parts.geometry.run.model.type
+            raise ConfigError(
+                f"regularizers.{name}: models of type {kind} do not encode pictures, so there is nothing to train on"
+            )
+        key, skip = f"regularizers.{name}.references", self.config.missing == "skip"
+        self.pictures = ReferenceImages.load(self.config.references, parts.prompts, key, skip)
+        self.latents = Memory(LATENT_MEMORY)
+        self.ids, self.side, self.iteration, self.part = torch.empty(0), 0, 0, 0
+        self.chosen: dict[int, int] = {}
+
+    def shape(self, advantages: Tensor, rollout: Rollout) -> Tensor:
+        """Note whose prompts the images of the iteration have; advantages stay."""
+        self.ids, self.iteration, self.part = rollout.ids, rollout.iteration, 0
+        self.side = rollout.trajectory.images.shape[-1]
+        self._choose()
+        return advantages
+
+    def _choose(self) -> None:
+        """Which images of the update get a reference image beside them: `chosen`, {number within the iteration: noise seed}."""
+        geometry = self.parts.geometry
+        if self.part >= geometry.updates_per_iteration:
+            return
+        everyone = assigned(geometry, self.seed, self.iteration, self.part)
+        order = torch.randperm(
+            len(everyone), generator=_generator(noise_seed(self.seed, CHOICE, self.iteration, self.part))
+        )
+        usable = [int(n) for n in everyone[order.numpy()] if self.pictures.of(self._prompt(int(n)))]
+        self.chosen = {n: noise_seed(self.seed, f"sft {self.iteration}", n, self.part) for n in usable}
+        self.chosen = dict(list(self.chosen.items())[: self.config.images])
+
+    def _prompt(self, number: int) -> str:
+        return self.parts.prompts[int(self.ids[number])]
+
+    def loss(self, policy: Policy, prediction: Prediction, batch: MicroBatch) -> Tensor | None:
+        """The weighted loss of this micro-batch's share of the update's reference images; one more pass."""
+        first: dict[int, int] = {}
+        for row, number in enumerate(batch.image.tolist()):
+            first.setdefault(number, row)
+        mine = [number for number in first if number in self.chosen]
+        if not mine:
+            return None
+        draws = [self._draw(self._prompt(number), self.chosen[number]) for number in mine]
+        text = batch.text[torch.tensor([first[number] for number in mine])]
+        return self.config.coefficient * self._errors(policy, draws, text).sum() / len(self.chosen)
+
+    def _draw(self, prompt: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Clean latents (C, h, w), noise, level () of one reference image."""
+        generator = _generator(seed)
+        files = self.pictures.of(prompt)
+        file = files[int(torch.randint(len(files), (), generator=generator))]
+        clean = self._encoded(str(file), self.pictures.picture(file, self.side))
+        noise = torch.randn(clean.shape, generator=generator)
+        if self.config.density == "uniform":
+            level = torch.rand((), generator=generator)
+        else:
+            level = torch.randn((), generator=generator).sigmoid()
+        return clean, noise, level
+
+    def _encoded(self, key: str, picture: Tensor) -> Tensor:
+        found = self.latents.get(key)
+        if found is None:
+            with torch.no_grad():
+                image = picture[None].to(self.parts.family.device).float().div(255)
+                found = (self.parts.family.encode_images(image)[0].cpu(),)
+            self.latents.put(key, found)
+        return found[0]
+
+    def _errors(self, policy: Policy, draws: list[tuple[Tensor, Tensor, Tensor]], text: TextEmbeds) -> Tensor:
+        """||v - (noise - x_0)||^2 of each, mean over elements, unguided: (n,)."""
+        device = self.parts.family.device
+        clean, noise, t = (torch.stack(x).to(device) for x in zip(*draws, strict=True))
+        x = (1 - per_sample(t)) * clean + per_sample(t) * noise
+        velocity = policy.velocity(x, t, text, 1.0)
+        return (velocity - (noise - clean)).square().flatten(1).mean(1)
+
+    def after_update(self, policy: Policy, clock: Clock) -> None:
+        """On to the next update of the iteration."""
+        self.part += 1
+        self._choose()
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """Loss on the fixed batch: how far the policy has drifted from where pre-training left it."""
+        known = [text for text in dict.fromkeys(self.parts.prompts) if self.pictures.of(text)]
+        if not self.config.meter or not known:
+            return {}
+        mine = range(self.config.meter)[distributed.rank() :: distributed.world_size()]
+        policy, found = self.parts.policy, []
+        for chunk in even_chunks(len(mine), self.parts.geometry.run.update.batch_size):
+            texts = [known[k % len(known)] for k in mine[chunk]]
+            seeds = [noise_seed(self.seed, METER, k, 0) for k in mine[chunk]]
+            draws = [self._draw(text, seed) for text, seed in zip(texts, seeds, strict=True)]
+            found += self._errors(policy, draws, policy.text(texts)).tolist()
+        errors = [x for part in distributed.gather_objects(found) for x in part]
+        return {"meter": sum(errors) / len(errors)}
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,128 @@
+"""What `combine` refuses, and in which words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from t2irl.algebra.config import Combine, Standardise, Unit
+from t2irl.algebra.rules import needs_base, transform_of
+from t2irl.config import Run
+from tests.invariants.toy import merged, toy_run
+
+BRIGHT = {"type": "tests.invariants.toy:Brightness"}
+LOG, UNIT = {"transform": {"type": "log_sigmoid"}}, {"transform": {"type": "unit"}}
+
+
+def a_run(combine: dict[str, Any] | None, **changes: Any) -> Run:
+    """A run of the rewards a, b, c (weight 1), `spare` (weight 0) and a held-out one."""
+    rewards = {name: dict(BRIGHT) for name in ("a", "b", "c")} | {"spare": {**BRIGHT, "weight": 0}}
+    for name, weight in changes.pop("weights", {}).items():
+        rewards[name]["weight"] = weight
+    whole = {"heldout_rewards": {"gold": BRIGHT}, "advantage": {"std": "global"}, **changes}
+    tree = {**toy_run().model_dump(), "rewards": rewards, "combine": combine}
+    return Run.model_validate(merged(tree, whole))
+
+
+def refusal(combine: dict[str, Any], **changes: Any) -> str:
+    """What is said about it."""
+    with pytest.raises(ValidationError) as error:
+        a_run(combine, **changes)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        {},
+        {"rewards": {"a": LOG, "b": LOG, "c": {"transform": {"type": "log_probability"}}}},
+        {"aggregate": {"type": "wco"}, "filter": {"type": "best_worst", "count": 2}},
+        {"aggregate": {"type": "softmin"}, "rewards": {"a": UNIT, "b": UNIT}, "penalty": {"rewards": ["c"]}},
+        {"aggregate": {"type": "win_rate"}, "penalty": {"rewards": ["c"], "violation_below": 0.1}},
+        {"gate": {"type": "hard", "reward": "a", "quantile": 0.5}, "penalty": {"rewards": ["c"]}},
+        {"gate": {"type": "ramp", "reward": "a", "at": 0.5, "width": 0.1}},
+        {"gate": {"type": "product", "reward": "a"}},
+        {"aggregate": {"type": "constraints"}, "rewards": {"b": {"constraint": {"at": 0.3}}}},
+        {"rewards": {"a": {"bound": {"type": "tiers"}}, "b": {"bound": {"type": "clip", "at": 0.5}}}},
+        {"gate": {"type": "hard", "reward": "a", "at": 0}, "rewards": {"b": {"transform": {"type": "tanh"}, "bound": {"type": "tiers"}}}},
+    ],
+)  # fmt: skip
+def test_what_goes_together(combine: dict[str, Any]) -> None:
+    run = a_run(combine)
+    assert run.combine is not None
+    assert Combine.model_validate(run.combine.model_dump(mode="json")) == run.combine
+
+
+@pytest.mark.parametrize(
+    "combine, changes, said",
+    [
+        ({"rewards": {"d": {}}}, {}, "combine.rewards.d: no reward is called 'd'"),
+        ({"rewards": {"gold": {}}}, {}, "combine.rewards.gold: 'gold' is a held-out reward"),
+        ({"gate": {"type": "hard", "reward": "spare", "at": 0}}, {}, "combine.gate.reward: 'spare' has weight 0"),
+        ({"penalty": {"rewards": ["c", "c"]}}, {}, "combine.penalty.rewards: 'c' stands there twice"),
+        ({"penalty": {"rewards": []}}, {}, "combine.penalty.rewards"),
+        ({}, {"heldout_rewards": {}}, "combine needs a reward under heldout_rewards"),
+        # 1. one mechanism makes the number
+        ({"rewards": {"a": LOG}, "aggregate": {"type": "wco"}}, {}, "combine.rewards.a.transform.type = log_sigmoid and combine.aggregate.type = wco: each"),
+        ({"rewards": {"a": LOG}, "gate": {"type": "hard", "reward": "b", "at": 0}}, {}, "log_sigmoid and combine.gate.type = hard"),
+        ({"gate": {"type": "hard", "reward": "b", "at": 0}, "aggregate": {"type": "median"}}, {}, "combine.gate.type = hard and combine.aggregate.type = median"),
+        ({"rewards": {"b": LOG, "a": {"constraint": {"at": 0}}}, "aggregate": {"type": "constraints"}}, {}, "log_sigmoid and combine.aggregate.type = constraints"),
+        # 2. who normalises what
+        ({"rewards": {"a": LOG}}, {"advantage": {"std": "group"}}, "log_sigmoid with advantage.std = group"),
+        ({"rewards": {"a": LOG}}, {"advantage": {"std": "none", "combine": "advantages"}}, "advantage.combine = advantages normalises each"),
+        ({"aggregate": {"type": "wco"}}, {"advantage": {"combine": "advantages"}}, "combine.aggregate.type = wco does not allow; use scores"),
+        ({"penalty": {"rewards": ["c"]}}, {"advantage": {"combine": "advantages"}}, "combine.penalty does not allow"),
+        ({"aggregate": {"type": "constraints"}, "rewards": {"a": {"constraint": {"at": 0}}}}, {"advantage": {"std": "none"}}, "advantage.std = none: combine.aggregate.type = constraints"),
+        # ensembles
+        ({"aggregate": {"type": "wco"}, "penalty": {"rewards": ["b", "c"]}}, {}, "wco needs at least two rewards, but only a"),
+        ({"aggregate": {"type": "uwo"}}, {"weights": {"b": 2}}, "rewards.b.weight = 2: combine.aggregate.type = uwo has no weights"),
+        ({"aggregate": {"type": "mean"}}, {"weights": {"b": -1}}, "takes weights above 0"),
+        # constraints
+        ({"rewards": {"a": {"constraint": {"at": 0}}}}, {}, "combine.rewards.a.constraint needs combine.aggregate: {type: constraints}, not sum"),
+        ({"aggregate": {"type": "constraints"}}, {}, "needs a constraint on at least one reward"),
+        ({"aggregate": {"type": "constraints"}, "rewards": {n: {"constraint": {"at": 0}} for n in "abc"}}, {}, "nothing stands against them"),
+        ({"aggregate": {"type": "constraints"}, "rewards": {"a": {"constraint": {"at": 0}}}}, {"weights": {"a": 2}}, "the weight of a reward with a constraint follows from it"),
+        ({"aggregate": {"type": "constraints"}, "rewards": {"a": {"constraint": {"at": 0}}}, "penalty": {"rewards": ["c"]}}, {}, "no single score to multiply"),
+        ({"aggregate": {"type": "constraints"}, "rewards": {"a": {"constraint": {"at": 0, "quantile": 0.5}}}}, {}, "Give either `at` (a score) or `quantile`"),
+        # factors and what is below 0
+        ({"gate": {"type": "hard", "reward": "a", "at": 0}, "rewards": {"b": {"transform": {"type": "tanh"}}}}, {}, "combine.rewards.b.transform.type is tanh"),
+        ({"penalty": {"rewards": ["c"]}, "aggregate": {"type": "wco"}}, {}, "is by default standardise, which gives numbers below 0"),
+        ({"penalty": {"rewards": ["c"]}, "aggregate": {"type": "uwo"}, "rewards": {"a": UNIT, "b": UNIT}}, {}, "combine.penalty with combine.aggregate.type = uwo"),
+        ({"penalty": {"rewards": ["c"]}, "gate": {"type": "product", "reward": "a"}}, {}, "combine.penalty with combine.gate.type = product"),
+        ({"penalty": {"rewards": ["c"]}, "rewards": {"c": UNIT}}, {}, "a penalty is a factor in [0, 1]"),
+        ({"penalty": {"rewards": ["c"]}}, {"weights": {"c": -1}}, "its exponent"),
+        ({"penalty": {"rewards": ["c"]}}, {"weights": {"b": -1}}, "rewards.b.weight = -1: combine.penalty"),
+        ({"penalty": {"rewards": ["a", "b", "c"]}}, {}, "nothing is left for the penalties"),
+        ({"penalty": {"rewards": ["a"]}, "gate": {"type": "hard", "reward": "a", "at": 0}}, {}, "it is a penalty already"),
+        # filters and levels
+        ({"filter": {"type": "best", "count": 5}}, {}, "combine.filter.count = 5: a group has 4 images"),
+        ({"filter": {"type": "best_worst", "count": 3}}, {}, "use at most 2"),
+        ({"rewards": {"a": {"bound": {"type": "clip"}}}}, {}, "neither is there"),
+        ({"rewards": {"a": {"bound": {"type": "tiers", "quantiles": [0.5, 0.5]}}}}, {}, "ascend"),
+        ({"rewards": {"a": {"transform": {"type": "unit", "low": 0.9, "high": 0.1}}}}, {}, "should be below high"),
+        ({"rewards": {"a": {"tranform": {}}}}, {}, "tranform"),
+    ],
+)  # fmt: skip
+def test_what_does_not(combine: dict[str, Any], changes: dict[str, Any], said: str) -> None:
+    assert said in refusal(combine, **changes)
+
+
+def test_only_what_needs_the_base_model_asks_for_it() -> None:
+    assert needs_base(a_run(None)) == []
+    assert needs_base(a_run({"rewards": {"a": {"transform": {"type": "log_probability"}}}})) == []
+    fixed = {"transform": {"type": "log_sigmoid", "at": 1.0}, "bound": {"type": "clip", "at": 0.5}}
+    assert needs_base(a_run({"rewards": {"a": fixed}})) == []
+    assert needs_base(a_run({"rewards": {"a": {**fixed, "bound": {"type": "clip", "quantile": 0.5}}}})) == ["a"]
+    assert needs_base(a_run({"gate": {"type": "hard", "reward": "b", "quantile": 0.5}})) == ["b"]
+    assert needs_base(a_run({"gate": {"type": "product", "reward": "b"}})) == ["a", "c"]
+    assert needs_base(a_run({"aggregate": {"type": "wco"}})) == ["a", "b", "c"]
+    assert needs_base(a_run({"aggregate": {"type": "win_rate", "temperature": 0}})) == []
+
+
+def test_rewards_that_are_compared_are_standardised_by_default() -> None:
+    run = a_run({"aggregate": {"type": "win_rate"}, "rewards": {"a": UNIT}, "penalty": {"rewards": ["c"]}})
+    assert transform_of(run, "a") == Unit() and transform_of(run, "b") == Standardise()
+    assert transform_of(run, "c") is None  # a factor, not compared
+    assert transform_of(a_run({}), "a") is None
