@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -23,40 +21,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from t2irl.registry import Plugin, mentions
+from t2irl.evaluation.rules import Monitors
+from t2irl.registry import Plugin
+from t2irl.strict import Strict
 
 ENTRY_NAME = re.compile(r"[A-Za-z0-9_-]+")
 """What a reward or regulariser may be called: its name is part of log keys and of overrides."""
 RESERVED_NAMES = frozenset({"total", "type"})
 """Names with a meaning of their own in log keys and in configs."""
-
-
-class Strict(BaseModel):
-    """Base of every config class: unknown keys are errors, values are frozen, docs stand under the fields."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-        validate_default=True,
-        allow_inf_nan=False,
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _true_is_no_number(cls, data: Any) -> Any:
-        # pydantic would read true as 1; as text it is refused like any other text.
-        if not isinstance(data, dict):
-            return data
-        return {key: str(value).lower() if cls._misplaced_bool(key, value) else value for key, value in data.items()}
-
-    @classmethod
-    def _misplaced_bool(cls, key: str, value: Any) -> bool:
-        if not isinstance(value, bool) or key not in cls.model_fields:
-            return False
-        annotation = cls.model_fields[key].annotation
-        return mentions(annotation, int, float) and not mentions(annotation, bool)
 
 
 class Lora(Strict):
@@ -289,6 +261,8 @@ class Run(Strict):
     """Pictures along the way."""
     checkpoints: Checkpoints = Checkpoints()
     """Saving."""
+    monitors: Monitors = Monitors()
+    """What is watched for reward hacking, and what happens then."""
     tracking: Tracking = Tracking()
     """Curves."""
 
@@ -320,6 +294,13 @@ class Run(Strict):
                 "regularizers.{name} needs the running average of the policy: set policy.ema",
                 {"name": needy[0]},
             )
+        return self
+
+    @model_validator(mode="after")
+    def _monitors_have_something_to_watch(self) -> Run:
+        problem = self.monitors.problem(self.heldout_rewards)
+        if problem:
+            raise PydanticCustomError("monitors", problem)
         return self
 
     @model_validator(mode="after")

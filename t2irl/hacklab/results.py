@@ -16,7 +16,7 @@ from t2irl.launch import read_metrics, write_json
 
 LEVEL = 0.5
 """Gold is compared at the proxy score that lies this far between the base model and the first method's best."""
-ALSO = {"kl": "hack/kl", "diversity": "diversity/ratio", "duplicates": "diversity/duplicates"}
+ALSO = {"kl": "policy/kl_reference", "diversity": "diversity/ratio", "duplicates": "diversity/duplicates"}
 """Metrics of an evaluation besides the held-out means, by their short names."""
 SHOWN = (
     ("proxy_final", "proxy"), ("gold_final", "gold"), ("gold_peak", "peak gold"), ("gold_drop", "drop from peak"),
