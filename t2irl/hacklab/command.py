@@ -1,4 +1,4 @@
-"""`t2irl hacklab`: parsing, then a grid of runs and its report."""
+"""`t2irl hacklab`: parsing, then a grid of runs and its report, or `t2irl hacklab probe`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from t2irl.errors import ConfigError, RunError
 from t2irl.hacklab.grid import Cell, Chosen, expand, load_grid
 from t2irl.hacklab.results import write_results
 from t2irl.hacklab.runner import Pool, finished, refuse_changed
+from t2irl.loading import load_run
 
 OPTIONS = {
     "--out": True, "--jobs": True, "--methods": True, "--proxies": True, "--seeds": True, "--report-only": False,
@@ -22,6 +23,8 @@ OPTIONS = {
 
 def hacklab(argv: Sequence[str]) -> int:
     """Run `t2irl hacklab` with these words; returns the exit code."""
+    if argv[:1] == ["probe"]:
+        return _probe(argv[1:])
     known, overrides = split(argv, OPTIONS)
     arguments = _parser().parse_args(known)
     grid, layer = load_grid(arguments.grid)
@@ -45,11 +48,35 @@ def hacklab(argv: Sequence[str]) -> int:
     return 0
 
 
+def _probe(argv: Sequence[str]) -> int:
+    options = {"--out": True, "--gold": True, "--prompts": True, "--images": True, "--help": False}
+    known, overrides = split(argv, options)
+    parser = Parser(
+        prog="t2irl hacklab probe",
+        description="Without training: what becomes of a held-out reward when the best of k pictures is picked by each reward "
+        "of a config, and which planted hacks each reward likes.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="YAML files, merged left to right")
+    parser.add_argument("--out", type=Path, default=Path("runs/probe"), metavar="FOLDER", help="results (runs/probe)")
+    parser.add_argument("--gold", default="gold", metavar="NAME", help="held-out reward that is the truth (gold)")
+    parser.add_argument("--prompts", type=_positive, default=64, metavar="N", help="held-out prompts (64)")
+    parser.add_argument(
+        "--images", type=_positive, default=16, metavar="N", help="pictures of each, the largest k (16)"
+    )
+    arguments = parser.parse_args(known)
+    run = load_run(arguments.configs, overrides)
+    from t2irl.hacklab.probe import write_probe
+
+    print(write_probe(run, arguments.gold, arguments.prompts, arguments.images, arguments.out))
+    return 0
+
+
 def _parser() -> Parser:
     parser = Parser(
         prog="t2irl hacklab",
         description="Run methods x proxies x seeds and compare what they do to a reward that none is trained on. "
-        "Runs that are there are left alone, interrupted ones go on.",
+        "Runs that are there are left alone, interrupted ones go on. `t2irl hacklab probe CONFIG` looks at rewards instead.",
         epilog="Overrides come last and are for every run: `--iterations 2 --evaluation.images 16` tries a grid out.",
         allow_abbrev=False,
     )
