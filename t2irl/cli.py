@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -89,13 +89,17 @@ def _parser() -> Parser:
     check.add_argument("--processes", type=int, default=None, metavar="N", help="number of processes (default: 1)")
     for command in (train, check):
         command.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="YAML files, merged left to right")
+    commands.add_parser("hacklab", help="compare methods by a grid of runs: how does each of them hack its reward?")
     commands.add_parser("fields", help="list every field of a config", description="List every field of a config.")
     return parser
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+OPTIONS = {"--resume": True, "--processes": True, "--print-config": False, "--help": False, "--version": False}
+"""What is not an override, and whether it takes a value."""
+
+
+def split(arguments: Sequence[str], options: Mapping[str, bool] = OPTIONS) -> tuple[list[str], list[str]]:
     """What argparse knows, and the overrides: every other `--key value` or `--key=value`."""
-    options = {"--resume": True, "--processes": True, "--print-config": False, "--help": False, "--version": False}
     known: list[str] = []
     overrides: list[str] = []
     rest = list(arguments)
@@ -114,7 +118,11 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _dispatch(argv: list[str]) -> int:
-    known, overrides = _split(argv)
+    if argv[:1] == ["hacklab"]:  # has options of its own
+        from t2irl.hacklab.command import hacklab
+
+        return hacklab(argv[1:])
+    known, overrides = split(argv)
     arguments = _parser().parse_args(known)
     # Whatever is imported below is not needed to print help.
     from t2irl.loading import describe_fields, dump_run, load_run

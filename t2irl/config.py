@@ -23,6 +23,7 @@ from pydantic_core import PydanticCustomError
 
 from t2irl.algebra.config import Combine
 from t2irl.algebra.rules import combine_problem
+from t2irl.evaluation.rules import Monitors
 from t2irl.registry import Plugin
 from t2irl.strict import Strict
 
@@ -264,6 +265,8 @@ class Run(Strict):
     """Pictures along the way."""
     checkpoints: Checkpoints = Checkpoints()
     """Saving."""
+    monitors: Monitors = Monitors()
+    """What is watched for reward hacking, and what happens then."""
     tracking: Tracking = Tracking()
     """Curves."""
 
@@ -296,6 +299,13 @@ class Run(Strict):
             raise PydanticCustomError("weight", "all rewards have weight 0, so there is nothing to train on")
         if problem := combine_problem(self):
             raise PydanticCustomError("combine", "{problem}", {"problem": problem})
+        return self
+
+    @model_validator(mode="after")
+    def _monitors_have_something_to_watch(self) -> Run:
+        problem = self.monitors.problem(self.heldout_rewards)
+        if problem:
+            raise PydanticCustomError("monitors", problem)
         return self
 
     @model_validator(mode="after")

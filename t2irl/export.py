@@ -51,13 +51,13 @@ def lora_weights(policy: Policy) -> dict[str, Tensor]:
     return weights
 
 
-def export(policy: Policy, run: Run, folder: Path, prompt: str) -> Exported:
-    """Write the averaged weights to `folder`/export and prove them with one picture of `prompt`.
+def export(policy: Policy, run: Run, folder: Path, prompt: str, name: str = "export") -> Exported:
+    """Write the averaged weights to `folder`/`name` and prove them with one picture of `prompt`.
 
     LoRA gives one safetensors file, full fine-tuning a `transformer/` folder. Raises RunError when a fresh pipeline
     with the file does not draw the policy's picture.
     """
-    out, sampling, family = folder / "export", run.rollout, policy.family
+    out, sampling, family = folder / name, run.rollout, policy.family
     groups, noise = PromptGroups.of([prompt], [0], [0]), Noise(run.seed, "export")
     latents = noise.draw(groups, 1, family.latent_shape)[:, 0]
     with policy.averaged():

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from t2irl.evaluation.evaluate import evaluate, sample_fixed
 from t2irl.evaluation.grids import draw_grid
+from t2irl.evaluation.monitors import monitor
 from t2irl.evaluation.report import write_report
 from t2irl.export import as_dict, export
 from t2irl.launch import Context, read_metrics, write_json
 from t2irl.rollout import Noise
 from t2irl.utils import distributed
+from t2irl.watch import export_best, watch
 
 if TYPE_CHECKING:
     from t2irl.train import Parts
@@ -30,7 +32,9 @@ def show(ctx: Context, parts: Parts, metrics: dict[str, float]) -> None:
     if due(iteration, run.evaluation.every, run.iterations):
         with ctx.timed("evaluate", run.evaluation.images) as advance:
             means = evaluate(parts.policy, run, parts.heldout_prompts, (parts.rewards, parts.heldout), advance)
-        metrics = metrics | {f"heldout/{name}": value for name, value in means.items()}
+            found = monitor(parts.policy, run, parts.heldout_prompts, (parts.rewards, parts.heldout))
+        metrics = metrics | {f"heldout/{name}": value for name, value in means.items()} | found
+        metrics |= watch(ctx, parts, metrics)
     if due(iteration, run.grids.every, run.iterations):
         with ctx.timed("grid", run.grids.prompts * run.grids.images):
             draw(ctx, parts)
@@ -62,6 +66,7 @@ def finish(ctx: Context, parts: Parts) -> None:
         exported = export(parts.policy, ctx.run, ctx.folder, parts.heldout_prompts[0])
         parts.rewards.export(ctx.folder / "export" / "rewards")
         summary = summarise(ctx, parts) | {"export": as_dict(exported), "warnings": ctx.warnings}
+        summary |= {"stopped": ctx.stopped, "best": export_best(ctx, parts)}
         write_json(ctx.folder / "summary.json", summary)
         report = write_report(ctx.folder)
         ctx.say(_closing(summary, exported.snippet, str(report)))

@@ -48,6 +48,8 @@ class Context:
         self.is_main = accelerator.is_main_process
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.warnings: list[str] = []
+        self.stopped: str | None = None
+        """The rule of the monitors that ended the run early."""
         self._signal: int | None = None
         self._source: Path | None = None  # run folder of the checkpoint that was loaded
         self.progress: Progress
@@ -134,7 +136,9 @@ class Context:
 
     def complete(self, clock: Clock) -> bool:
         """Whether the run that was loaded has nothing left to do."""
-        return clock.iteration >= self.run.iterations and _summarised(self.folder) == clock.iteration
+        iterations, stopped = _summarised(self.folder)
+        early = stopped is not None and stopped in self.run.monitors.stop
+        return (early or clock.iteration >= self.run.iterations) and iterations == clock.iteration
 
     def begin(self, clock: Clock) -> None:
         """From here on the run folder is written to: what the run is made of, and curves, rewound to where it stands."""
@@ -142,6 +146,8 @@ class Context:
             write_run_files(self.folder, self.run)
             if self._source not in (None, self.folder) and (self._source / "metrics.jsonl").exists():
                 shutil.copyfile(self._source / "metrics.jsonl", self.folder / "metrics.jsonl")
+                if (self._source / "best").exists():
+                    shutil.copytree(self._source / "best", self.folder / "best", dirs_exist_ok=True)
         self.tracker = Tracker(self.folder, self.accelerator, self.run)
         self.closing.callback(self.tracker.close)
         if self._source is not None:
@@ -259,10 +265,11 @@ def check_same(folder: Path, run: Run) -> None:
         print(f"changed since {saved}: {key}: {before} -> {after}", flush=True)
 
 
-def _summarised(folder: Path) -> int | None:
-    """The iterations that a run's summary speaks of."""
+def _summarised(folder: Path) -> tuple[int | None, str | None]:
+    """The iterations that a run's summary speaks of, and the rule that ended it early, if one did."""
     file = folder / "summary.json"
-    return json.loads(file.read_text())["iterations"] if file.exists() else None
+    summary = json.loads(file.read_text()) if file.exists() else {}
+    return summary.get("iterations"), summary.get("stopped")
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

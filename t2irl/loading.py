@@ -66,8 +66,8 @@ class Layer:
     origins: dict[Place, str]
 
 
-def load_run(files: Sequence[Path], overrides: Sequence[str] = ()) -> Run:
-    """The run that config files and overrides (`--a.b c` or `--a.b=c`) describe.
+def load_run(files: Sequence[Path | Layer], overrides: Sequence[str] = ()) -> Run:
+    """The run that config files (or layers of them) and overrides (`--a.b c` or `--a.b=c`) describe.
 
     Raises ConfigError with every problem at once: the key, where it was set, the value, and what would be right.
     """
@@ -75,12 +75,12 @@ def load_run(files: Sequence[Path], overrides: Sequence[str] = ()) -> Run:
         raise ConfigError("no config file given; for example: t2irl train configs/tiny/demo.yaml")
     layer = Layer(registry.default_types(Run), {})
     for file in files:
-        layer = _merge(layer, read_file(Path(file)))
+        layer = _merge(layer, file if isinstance(file, Layer) else read_file(Path(file)))
     layer = _merge(layer, _override_layer(overrides, layer))
     try:
         return Run.model_validate(layer.values)
     except ValidationError as error:
-        raise ConfigError(_report(error, layer, [str(f) for f in files])) from error
+        raise ConfigError(_report(error, layer, [str(f) for f in files if not isinstance(f, Layer)])) from error
 
 
 def describe_fields() -> str:

@@ -1,4 +1,4 @@
-"""The base of every config class."""
+"""The base of every config class. Imports no torch."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def train(run: Run, *, resume: str = "auto") -> Path:
         if clock.iteration == 0:
             show(ctx, parts, {})
 
-        while clock.iteration < run.iterations:
+        while clock.iteration < run.iterations and ctx.stopped is None:
             # 1. Roll out: G images for each prompt; keep states and log-densities of the trained window.
             iteration = clock.iteration
             groups = own_groups(run, parts)
@@ -153,7 +153,7 @@ def train(run: Run, *, resume: str = "auto") -> Path:
             # 6. Show and keep.
             metrics = iteration_metrics(ctx, parts, table, ids, credit.advantages, log) | credit.metrics | learned
             show(ctx, parts, metrics)
-            if clock.iteration % run.checkpoints.every == 0 or clock.iteration == run.iterations:
+            if clock.iteration % run.checkpoints.every == 0 or clock.iteration == run.iterations or ctx.stopped:
                 ctx.save(parts)
             if ctx.stop_requested():
                 raise ctx.interrupted(ctx.save(parts))

@@ -27,6 +27,7 @@ TOGETHER = (
 """Metrics that share a chart, and its title."""
 GROUPS = (
     "Held-out",
+    "Monitors",
     "Rewards",
     "Adversaries",
     "Advantages",
@@ -114,6 +115,21 @@ def overview(points: Mapping[str, Points], last: float) -> Chart | None:
     if len(series) < 2 or max(len(s.points) for s in series) < 2:
         return None
     return draw("training reward beside held-out measures", series, last, width=1080, height=300)
+
+
+def against_distance(rows: Sequence[Mapping[str, Any]], heldout: str | None) -> Chart | None:
+    """Trained sum and held-out reward, in standard deviations of the base model's scores, against the root of the
+    divergence from the reference policy. None before two evaluations, or where one of them does not vary.
+    """
+    series = []
+    for name in ("total", heldout):
+        keys = ("policy/kl_reference", f"monitor/{name}/mean", f"monitor/{name}/std")
+        seen = [[float(row[key]) for key in keys] for row in rows if all(row.get(key) is not None for key in keys)]
+        if len(seen) < 2 or not seen[0][2]:
+            return None
+        points = sorted((kl**0.5, (mean - seen[0][1]) / seen[0][2]) for kl, mean, _ in seen)
+        series.append(Series("trained reward" if name == "total" else f"{name}, held out", points))
+    return draw("against the root of the divergence", series, series[0].points[-1][0], width=1080, height=300)
 
 
 def draw(title: str, series: list[Series], last: float, width: float = 360, height: float = 180) -> Chart:

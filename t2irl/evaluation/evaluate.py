@@ -12,7 +12,7 @@ from t2irl.geometry import even_chunks
 from t2irl.policy import Policy
 from t2irl.rewards.combine import RewardSet
 from t2irl.rollout import Noise, rollout
-from t2irl.types import PromptGroups
+from t2irl.types import PromptGroups, Trajectory
 from t2irl.utils import distributed
 
 
@@ -29,15 +29,30 @@ def sample_fixed(
 
     Returns the groups and (n, 3, H, W) uint8 pictures. Steps and guidance are the evaluation's.
     """
+    trajectory = sample_part(policy, run, prompts, count, noise, advance, part)
+    if trajectory is None:
+        return PromptGroups.of(prompts, [], []), torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    return trajectory.groups, trajectory.images
+
+
+def sample_part(
+    policy: Policy,
+    run: Run,
+    prompts: Sequence[str],
+    count: int,
+    noise: Noise,
+    advance: Callable[[int], None] = lambda images: None,
+    part: tuple[int, int] = (0, 1),
+) -> Trajectory | None:
+    """What `sample_fixed` draws, with its clean latents; None for a part without pictures."""
     chunks = even_chunks(count, -(-count // part[1]))
     mine = range(count)[chunks[part[0]]] if part[0] < len(chunks) else range(0)
     groups = PromptGroups.of(prompts, [i % len(prompts) for i in mine], [i // len(prompts) for i in mine])
     if not mine:
-        return groups, torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+        return None
     levels = policy.family.levels(run.evaluation.steps or run.rollout.steps)
     guidance = policy.guidance_scale if run.evaluation.guidance_scale is None else run.evaluation.guidance_scale
-    trajectory = rollout(policy, groups, levels, range(0), noise, run.rollout.batch_size, guidance, advance)
-    return groups, trajectory.images
+    return rollout(policy, groups, levels, range(0), noise, run.rollout.batch_size, guidance, advance)
 
 
 def evaluate(

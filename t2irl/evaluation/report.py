@@ -20,10 +20,11 @@ from pydantic import ValidationError
 
 from t2irl.config import Run
 from t2irl.errors import DataError
-from t2irl.evaluation.charts import Points, collect, grouped, number, overview
+from t2irl.evaluation.charts import Points, against_distance, collect, grouped, number, overview
 from t2irl.evaluation.findings import Alarm, alarms, headline, measures
 from t2irl.evaluation.frames import Frame, load_frames
 from t2irl.evaluation.glossary import glossary, lookup
+from t2irl.evaluation.rules import RULES, Monitors, fired
 from t2irl.utils.progress import duration
 from t2irl.utils.tracking import write_atomic
 
@@ -59,7 +60,7 @@ def write_report(folder: Path) -> Path:
     points = collect(run.rows)
     found = measures(run.summary, points, list(run.config.get("rewards") or {}))
     frames, notes = load_frames(folder / "grids")
-    raised = [*(Alarm(text) for text in run.summary.get("warnings", [])), *alarms(points, found)]
+    raised = [*(Alarm(text) for text in _warnings(run)), *_fired(run), *alarms(points, found)]
     raised += [Alarm(text) for text in (*run.notes, *notes)]
     page = _render(
         run=run,
@@ -69,6 +70,7 @@ def write_report(folder: Path) -> Path:
         alarms=raised,
         alarmed={alarm.metric for alarm in raised if alarm.metric},
         overview=overview(points, run.last),
+        distance=against_distance(run.rows, _watched(run)),
         groups=grouped(points, run.last),
         frames=frames,
         facts=_facts(run, points),
@@ -103,6 +105,41 @@ def read_run(folder: Path) -> Recorded:
             broken += 1
     notes = [f"metrics.jsonl: {broken} damaged line(s) left out."] if broken else []
     return Recorded(folder, config, [rows[k] for k in sorted(rows)], summary, environment, notes)
+
+
+def _monitors(run: Recorded) -> Monitors:
+    """The run's monitors, the default ones for an older run."""
+    try:
+        return Monitors.model_validate(run.config.get("monitors") or {})
+    except ValidationError:
+        return Monitors()
+
+
+def _watched(run: Recorded) -> str | None:
+    return _monitors(run).watched(run.config.get("heldout_rewards") or {})
+
+
+def _fired(run: Recorded) -> list[Alarm]:
+    """Rules of the monitors that fired."""
+    watched, images = _watched(run), (run.config.get("evaluation") or {}).get("images")
+    if watched is None or not images:
+        return []
+    found = fired(run.rows, watched, _monitors(run).patience, images)
+    ended = run.summary.get("stopped")
+    return [
+        Alarm(
+            f"{f.rule}{', which ended the run' if f.rule == ended else ''}, at iteration {f.iteration}: {f.text}.",
+            f.metric,
+        )
+        for f in found
+    ]
+
+
+def _warnings(run: Recorded) -> list[str]:
+    """Warnings of the log but those of the monitors, which are found again with the metric that they are seen in."""
+    return [
+        text for text in run.summary.get("warnings", []) if not text.startswith(tuple(f"{rule} at " for rule in RULES))
+    ]
 
 
 def _json(path: Path) -> dict[str, Any]:

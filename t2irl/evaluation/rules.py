@@ -1,0 +1,175 @@
+"""When to say that a run hacks its reward: rules on the measurements so far, pure. Imports no torch.
+
+Everything is read from the lines of metrics.jsonl, so a resumed run knows what an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from t2irl.strict import Strict
+
+Rule = Literal["below_base", "off_peak", "tau_halved", "diversity_low", "duplicates", "gap_opens"]
+Row = Mapping[str, Any]
+ERRORS = 2.0
+"""Standard errors from which a fall counts."""
+DIVERSITY = 0.7
+"""Share of the base model's diversity that should be left."""
+MORE_DUPLICATES = 0.1
+"""Rise of the share of duplicates over the base model's that should not be exceeded."""
+TAU_FLOOR = 0.1
+"""Agreement with the base model's pictures below which its halving says nothing."""
+
+
+class Monitors(Strict):
+    """What is watched for reward hacking at every evaluation, and what happens then."""
+
+    prompts: NonNegativeInt = 16
+    """Held-out prompts whose pictures are compared with one another and scored by trained and held-out rewards; 0: none."""
+    images: int = Field(default=4, ge=2)
+    """Pictures of each of these prompts."""
+    heldout: str | None = None
+    """The held-out reward that rules, early stop and best checkpoint look at; null: the first one."""
+    patience: PositiveInt = 3
+    """Evaluations in a row that a fall must be seen in."""
+    stop: tuple[Rule, ...] = ()
+    """Rules that end the run when they fire: below_base (held-out reward below the base model's by two standard errors),
+    off_peak (below its own best), tau_halved (trained and held-out reward agree half as well as at the start), diversity_low,
+    duplicates, gap_opens (the trained reward rises away while the held-out one falls)."""
+    best: Literal["none", "keep", "export"] = "keep"
+    """The checkpoint of the best held-out reward: keep it in `best`, beside the newest ones in `checkpoints`, or also write it
+    to `export_best` at the end."""
+
+    def watched(self, heldout_rewards: Mapping[str, Any]) -> str | None:
+        """Name of the held-out reward that is looked at; None if there is none."""
+        return self.heldout or next(iter(heldout_rewards), None)
+
+    def problem(self, heldout_rewards: Mapping[str, Any]) -> str | None:
+        """Why these settings cannot work with the run's held-out rewards, if they cannot."""
+        if self.heldout is not None and self.heldout not in heldout_rewards:
+            known = ", ".join(heldout_rewards) or "none"
+            return f"monitors.heldout = {self.heldout} is not among heldout_rewards: {known}"
+        if not heldout_rewards and (self.stop or self.best == "export"):
+            key = "stop" if self.stop else "best"
+            return f"monitors.{key} needs a held-out reward to look at: add one to heldout_rewards"
+        needy = [rule for rule in self.stop if self.prompts == 0]
+        return f"monitors.stop = {needy[0]} needs pictures to measure: set monitors.prompts above 0" if needy else None
+
+
+@dataclass(frozen=True)
+class Fired:
+    """A rule that fired, and the first iteration at which it did."""
+
+    rule: Rule
+    iteration: int
+    text: str
+    metric: str
+
+
+def measured(rows: Sequence[Row], watched: str) -> list[Row]:
+    """The lines of evaluations."""
+    return [row for row in rows if row.get(f"heldout/{watched}") is not None]
+
+
+def best_iteration(rows: Sequence[Row], watched: str) -> int | None:
+    """The first iteration, after at least one, whose held-out reward is the highest; None before the first such."""
+    trained = [row for row in measured(rows, watched) if row["iteration"] > 0]
+    return max(trained, key=lambda row: row[f"heldout/{watched}"])["iteration"] if trained else None
+
+
+def fired(rows: Sequence[Row], watched: str, patience: int, images: int) -> list[Fired]:
+    """Rules that fired so far, each once. `images`: pictures of an evaluation, for the standard error of its means."""
+    found: dict[str, Fired] = {}
+    evaluated = measured(rows, watched)
+    for end in range(2, len(evaluated) + 1):
+        seen = evaluated[:end]
+        for rule, (metric, judge) in RULES.items():
+            text = None if rule in found else judge(seen, watched, patience, images)
+            if text:
+                found[rule] = Fired(rule, seen[-1]["iteration"], text, metric.format(watched=watched))
+    return list(found.values())
+
+
+def standard_error(first: Row, second: Row, watched: str, images: int) -> float | None:
+    """Of the difference of two evaluations, as if their pictures had nothing in common; None if it was not measured."""
+    stds = [row.get(f"monitor/{watched}/std") for row in (first, second)]
+    if any(std is None for std in stds):
+        return None
+    return (sum(std**2 for std in stds if std is not None) / images) ** 0.5
+
+
+def _fell(since: Row, row: Row, watched: str, images: int) -> bool:
+    error = standard_error(since, row, watched, images)
+    key = f"heldout/{watched}"
+    return error is not None and since[key] - row[key] > ERRORS * error
+
+
+def _below_base(seen: Sequence[Row], watched: str, patience: int, images: int) -> str | None:
+    late = seen[1:][-patience:]
+    if len(late) < patience or not all(_fell(seen[0], row, watched, images) for row in late):
+        return None
+    key = f"heldout/{watched}"
+    return f"{watched} is at {seen[-1][key]:.3f}, below the base model's {seen[0][key]:.3f} by more than two standard errors"
+
+
+def _off_peak(seen: Sequence[Row], watched: str, patience: int, images: int) -> str | None:
+    early, late, key = seen[:-patience], seen[-patience:], f"heldout/{watched}"
+    if not early:
+        return None
+    peak = max(early, key=lambda row: row[key])
+    if not all(_fell(peak, row, watched, images) for row in late):
+        return None
+    return f"{watched} is at {seen[-1][key]:.3f}, after {peak[key]:.3f} in iteration {peak['iteration']}"
+
+
+def _tau_halved(seen: Sequence[Row], watched: str, patience: int, images: int) -> str | None:
+    start, now = (row.get(f"hack/tau/{watched}") for row in (seen[0], seen[-1]))
+    if start is None or now is None or start < TAU_FLOOR or now >= start / 2:
+        return None
+    return f"the trained reward and {watched} agree less and less on how to rank pictures: tau {start:.2f} -> {now:.2f}"
+
+
+def _diversity_low(seen: Sequence[Row], watched: str, patience: int, images: int) -> str | None:
+    ratio = seen[-1].get("diversity/ratio")
+    if ratio is None or ratio >= DIVERSITY:
+        return None
+    return f"pictures of one prompt differ {ratio:.0%} as much as the base model's, less than {DIVERSITY:.0%}"
+
+
+def _duplicates(seen: Sequence[Row], watched: str, patience: int, images: int) -> str | None:
+    start, now = (row.get("diversity/duplicates") for row in (seen[0], seen[-1]))
+    if start is None or now is None or now <= start + MORE_DUPLICATES:
+        return None
+    return f"{now:.0%} of the pairs of pictures of one prompt are nearly equal, {start:.0%} were"
+
+
+def _gap_opens(seen: Sequence[Row], watched: str, patience: int, images: int) -> str | None:
+    window = seen[-max(3, patience) :]
+    gaps = [row.get(f"hack/gap/{watched}") for row in window]
+    if len(window) < 3 or any(gap is None for gap in gaps) or not _fell(window[0], window[-1], watched, images):
+        return None
+    falling = slope([row[f"heldout/{watched}"] for row in window]) < 0 < slope([gap for gap in gaps if gap is not None])
+    if not falling:
+        return None
+    return f"the trained reward rises away from {watched}, which falls: gap {gaps[0]:.2f} -> {gaps[-1]:.2f} standard deviations"
+
+
+def slope(values: Sequence[float]) -> float:
+    """Of the least-squares line through values at equal distances."""
+    middle = (len(values) - 1) / 2
+    return sum((k - middle) * v for k, v in enumerate(values)) / sum((k - middle) ** 2 for k in range(len(values)))
+
+
+RULES: dict[Rule, tuple[str, Callable[[Sequence[Row], str, int, int], str | None]]] = {
+    "below_base": ("heldout/{watched}", _below_base),
+    "off_peak": ("heldout/{watched}", _off_peak),
+    "tau_halved": ("hack/tau/{watched}", _tau_halved),
+    "diversity_low": ("diversity/ratio", _diversity_low),
+    "duplicates": ("diversity/duplicates", _duplicates),
+    "gap_opens": ("hack/gap/{watched}", _gap_opens),
+}
+"""Name -> the metric that it is seen in, and what it says of evaluations so far if it fires."""

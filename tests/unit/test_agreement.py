@@ -1,0 +1,108 @@
+"""Pure measures of over-optimisation: known rewards, closed forms, and oracles from scipy."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from t2irl.evaluation.agreement import canonical, kendall_tau, starc_distance
+from t2irl.evaluation.diversity import coarse_pixels, diversity
+from t2irl.evaluation.hacks import HACKS, rise
+from t2irl.evaluation.overoptimization import Fit, best_of_k, best_of_n_kl, fit
+
+GROUPS = torch.arange(6).repeat_interleave(8)
+
+
+def draw(seed: int, n: int = 48) -> torch.Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_canonical_reward_forgets_offsets_of_prompts() -> None:
+    assert canonical(torch.tensor([1.0, 3.0, 10.0, 14.0]), torch.tensor([0, 0, 1, 1])).tolist() == [-1, 1, -2, 2]
+    shaped = draw(0) + 5 * draw(1, 6)[GROUPS]
+    assert torch.allclose(canonical(shaped, GROUPS), canonical(draw(0), GROUPS))
+    assert canonical(shaped, GROUPS).sum().abs() < 1e-9
+
+
+def test_starc_distance_on_known_rewards() -> None:
+    reward, other = draw(0), draw(2)
+    assert starc_distance(reward, 3 * reward + 5 * draw(1, 6)[GROUPS], GROUPS) < 1e-7
+    assert starc_distance(reward, -reward, GROUPS) == pytest.approx(1)
+    centred = [canonical(v, GROUPS) for v in (reward, other)]
+    rho = float(centred[0] @ centred[1] / centred[0].norm() / centred[1].norm())
+    assert starc_distance(reward, other, GROUPS) == pytest.approx(math.sqrt((1 - rho) / 2))
+    assert starc_distance(reward, other, GROUPS) == pytest.approx(starc_distance(other, reward, GROUPS))
+    constant = torch.full((48,), 0.1)
+    assert starc_distance(reward, constant, GROUPS) == pytest.approx(0.5)
+    assert starc_distance(constant, 2 * constant, GROUPS) == 0
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_kendall_tau_is_scipys_and_is_pooled_within_prompts(levels: int) -> None:
+    a, b = (draw(0) * levels / 3).round(), (draw(0) * levels / 9 + draw(1) * levels / 3).round()
+    one = torch.zeros(48, dtype=torch.int64)
+    assert kendall_tau(a, b, one) == pytest.approx(stats.kendalltau(a.numpy(), b.numpy()).statistic)
+    shifted = kendall_tau(a + 1000 * GROUPS, b - 1000 * GROUPS, GROUPS)
+    assert shifted == pytest.approx(kendall_tau(a, b, GROUPS)) and shifted != pytest.approx(kendall_tau(a, b, one))
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    assert kendall_tau(a[order], b[order], GROUPS[order]) == pytest.approx(shifted)
+    assert math.isnan(kendall_tau(a, torch.ones(48), GROUPS))
+
+
+def test_best_of_k_is_the_mean_over_all_subsets() -> None:
+    proxy, gold = draw(0, 14).view(2, 7), draw(1, 14).view(2, 7)
+    curve = best_of_k(proxy, gold)
+    for k in range(1, 8):
+        picks = [g[max(c, key=lambda i: float(p[i]))] for p, g in zip(proxy, gold, strict=True)
+                 for c in itertools.combinations(range(7), k)]  # fmt: skip
+        assert float(curve[k - 1]) == pytest.approx(float(torch.stack(picks).mean()))
+    assert float(curve[0]) == pytest.approx(float(gold.mean()))
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(best_of_k(proxy[:, order], gold[:, order]), curve)
+
+
+def test_best_of_k_shares_ties() -> None:
+    ties = best_of_k(torch.ones(1, 5), draw(0, 5)[None])
+    assert torch.allclose(ties, draw(0, 5).mean().expand(5))
+    half = best_of_k(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([[9.0, 1.0, 3.0]]))
+    assert half.tolist() == pytest.approx([13 / 3, 2, 2])
+
+
+@pytest.mark.parametrize(("kind", "peak"), [("best_of_n", 2.0), ("rl", math.exp(3))])
+def test_fit_finds_the_curve_and_its_peak(kind: str, peak: float) -> None:
+    true = Fit(kind, 4.0, 1.0)  # type: ignore[arg-type]
+    d = torch.linspace(0.1, 9, 20, dtype=torch.float64)
+    found = fit(d, torch.tensor([true.gold(float(x)) for x in d], dtype=torch.float64), true.kind)
+    assert (found.a, found.b) == pytest.approx((4.0, 1.0)) and found.peak == pytest.approx(peak)
+    assert true.gold(peak) > max(true.gold(peak * 1.01), true.gold(peak * 0.99))
+    assert Fit(true.kind, 1.0, -1.0).peak is None
+
+
+def test_divergence_of_best_of_n() -> None:
+    assert best_of_n_kl(1) == 0 and best_of_n_kl(4) == pytest.approx(math.log(4) - 0.75)
+
+
+def test_diversity_sees_copies_and_not_other_prompts() -> None:
+    flat = torch.tensor([0, 255, 0, 255], dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 32, 32)
+    assert diversity(coarse_pixels(flat), torch.tensor([0, 0, 1, 1])) == pytest.approx((1.0, 0.0))
+    assert diversity(coarse_pixels(flat), torch.tensor([0, 1, 0, 1])) == pytest.approx((0.0, 1.0))
+    assert math.isnan(diversity(coarse_pixels(flat), torch.arange(4))[0])
+
+
+@pytest.mark.parametrize("name", list(HACKS))
+def test_hacks_change_pictures_within_range_each_by_itself(name: str) -> None:
+    images = torch.rand(3, 3, 33, 40, generator=torch.Generator().manual_seed(0)) * 0.8
+    changed = HACKS[name](images)
+    assert changed.shape == images.shape and changed.min() >= 0 and changed.max() <= 1
+    assert not torch.allclose(changed, images) and torch.equal(HACKS[name](images), changed)
+    assert torch.allclose(HACKS[name](images[1:2]), changed[1:2], atol=1e-6)
+
+
+def test_rise_in_units_of_the_plain_spread() -> None:
+    plain = torch.tensor([0.0, 2.0, 0.0, 2.0])
+    assert rise(plain, plain + torch.tensor([1.0, 1.0, 1.0, -1.0])) == (0.75, 0.5)
+    assert rise(plain, plain) == (0.0, 0.0) and rise(torch.ones(2), torch.ones(2) * 3) == (1.0, math.inf)
