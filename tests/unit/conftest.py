@@ -24,10 +24,17 @@ from tests.artifacts import write_classifier
 from tests.judges import write_qwen
 
 NEEDS: dict[str, dict[str, Any]] = {
+    "adaptive_reference": {"every": 10},
     "diversity_logdet": {"allow_on_failures": True},
+    "gated_kl": {"auxiliaries": ["other"]},
     "sft": {"references": {"folder": "pictures"}},
 }
 """What a plugin's config cannot be without, besides single values."""
+BESIDE: dict[str, dict[str, Any]] = {
+    "adaptive_reference": {"regularizers": {"pull": {"type": "kl", "anchor": "mine"}}},
+    "gated_kl": {"rewards": {"other": {"type": "vividness", "weight": 0}}},
+}
+"""What must stand in a run beside an entry `mine` of a plugin."""
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from t2irl import registry
 from t2irl.config import Run
 from t2irl.errors import ConfigError
 from t2irl.loading import describe_fields, dump_run, load_run
-from tests.unit.conftest import NEEDS
+from tests.unit.conftest import BESIDE, NEEDS
 
 BASE = """\
 model: {type: sd3, path: assets/tiny-sd3}
@@ -307,7 +307,7 @@ def test_every_plugin_survives_a_round_trip(files: Files, kind: str, name: str) 
         "rewards": {"rewards": {"mine": entry}, "heldout_rewards": {"other": entry}},
         "regularizers": {"regularizers": {"mine": entry}},
     }
-    run = files.load(yaml.safe_dump(places[kind]))
+    run = files.load(yaml.safe_dump(BESIDE.get(name, {})), yaml.safe_dump(places[kind]))
     assert (again := load_run([files.write(dump_run(run), "dump.yaml")])) == run
     assert yaml.safe_load(dump_run(again)) == run.model_dump(mode="json")
 
