@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t2irl.cli import Parser, split
-from t2irl.errors import ConfigError, RunError
+from t2irl.errors import ConfigError, DataError, RunError
 from t2irl.hacklab.grid import Cell, Chosen, expand, load_grid
 from t2irl.hacklab.results import write_results
 from t2irl.hacklab.runner import Pool, finished, refuse_changed
@@ -126,5 +126,5 @@ def _check(cells: Sequence[Cell]) -> None:
         looked.add((cell.proxy, cell.method))
         try:
             describe(cell.run, 1)
-        except ConfigError as error:
-            raise ConfigError(f"{cell.name}: {error}") from error
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"{cell.name}: {error}") from error
