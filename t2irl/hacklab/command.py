@@ -29,7 +29,7 @@ def hacklab(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(known)
     grid, layer = load_grid(arguments.grid)
     out = arguments.out or Path("runs/hacklab") / arguments.grid.stem
-    chosen = Chosen(*(_words(getattr(arguments, name)) for name in ("methods", "proxies")), _numbers(arguments.seeds))
+    chosen = Chosen(_words(arguments.methods), _words(arguments.proxies), _numbers(arguments.seeds))
     cells = expand(grid, layer, arguments.grid, out, chosen, overrides)
     if arguments.list:
         _list(cells)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from t2irl.errors import ConfigError, RunError
 from t2irl.hacklab.command import hacklab
 from t2irl.hacklab.curves import area, at_level, crossing, mean_curve, value_at
 from t2irl.hacklab.grid import Cell, Chosen, changed, expand, load_grid
-from t2irl.hacklab.results import read_record, write_results
+from t2irl.hacklab.results import fitted_peak, read_record, write_results
 from t2irl.hacklab.runner import Pool, finished, refuse_changed
 from t2irl.loading import dump_run
 from tests.conftest import ROOT
@@ -158,6 +159,20 @@ def test_results_of_a_grid(tmp_path: Path) -> None:
     assert "hacked" in page and "<script" not in page and "://" not in page.replace("http://www.w3.org/2000/svg", "")
     table = (tmp_path / "out/table.md").read_text()
     assert "| grpo (hacked) | 2 | 4.000 ± 0.000 | 0.150 ± 0.071 |" in table
+
+
+def test_the_fitted_peak_is_that_of_the_curve(tmp_path: Path) -> None:
+    (cell, *_) = cells_of(tmp_path)
+    # d = sqrt(k), gold = d (1 - log d): highest at d = exp(0) = 1, measured to d = 2.
+    d = [k**0.5 for k in range(5)]
+    write_run(cell, [0.0, *(x * (1 - math.log(x)) for x in d[1:])], [0.0] * 5)
+    grid, _ = load_grid(tmp_path / "grid.yaml")
+    record = read_record(cell, grid)
+    assert record is not None and fitted_peak([record]) == pytest.approx(1)
+    (other,) = cells_of(tmp_path, Chosen(["kl"], ["vivid"], [3]))
+    write_run(other, [0.0, 1.0, 2.0, 3.0], [0.0] * 4)
+    straight = read_record(other, grid)
+    assert straight is not None and fitted_peak([straight]) is None
 
 
 def test_a_run_that_measured_nothing_has_no_record(tmp_path: Path) -> None:
