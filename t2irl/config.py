@@ -305,7 +305,7 @@ class Run(Strict):
     def _monitors_have_something_to_watch(self) -> Run:
         problem = self.monitors.problem(self.heldout_rewards)
         if problem:
-            raise PydanticCustomError("monitors", problem)
+            raise PydanticCustomError("monitors", "{problem}", {"problem": problem})
         return self
 
     @model_validator(mode="after")

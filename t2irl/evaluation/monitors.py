@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -108,7 +109,8 @@ def compare(
     for name, values in heldout.items():
         both = ~(total.isnan() | values.isnan())
         if both.any():
-            found[f"hack/tau/{name}"] = kendall_tau(total[both], values[both], ids[both])
+            tau = kendall_tau(total[both], values[both], ids[both])
+            found |= {} if math.isnan(tau) else {f"hack/tau/{name}": tau}
             found[f"hack/starc/{name}"] = starc_distance(total[both], values[both], ids[both])
     return found
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t2irl.cli import Parser, split
-from t2irl.errors import ConfigError, RunError
+from t2irl.errors import ConfigError, DataError, RunError
 from t2irl.hacklab.grid import Cell, Chosen, expand, load_grid
 from t2irl.hacklab.results import write_results
 from t2irl.hacklab.runner import Pool, finished, refuse_changed
@@ -29,7 +29,7 @@ def hacklab(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(known)
     grid, layer = load_grid(arguments.grid)
     out = arguments.out or Path("runs/hacklab") / arguments.grid.stem
-    chosen = Chosen(*(_words(getattr(arguments, name)) for name in ("methods", "proxies")), _numbers(arguments.seeds))
+    chosen = Chosen(_words(arguments.methods), _words(arguments.proxies), _numbers(arguments.seeds))
     cells = expand(grid, layer, arguments.grid, out, chosen, overrides)
     if arguments.list:
         _list(cells)
@@ -126,5 +126,5 @@ def _check(cells: Sequence[Cell]) -> None:
         looked.add((cell.proxy, cell.method))
         try:
             describe(cell.run, 1)
-        except ConfigError as error:
-            raise ConfigError(f"{cell.name}: {error}") from error
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"{cell.name}: {error}") from error

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t2irl.hacklab.curves import Curve, area, at_level, crossing
+import torch
+
+from t2irl.evaluation.overoptimization import fit
+from t2irl.hacklab.curves import Curve, area, at_level, crossing, value_at
 from t2irl.hacklab.grid import Cell, Grid
 from t2irl.hacklab.runner import finished
 from t2irl.launch import read_metrics, write_json
@@ -21,6 +24,7 @@ ALSO = {"kl": "policy/kl_reference", "diversity": "diversity/ratio", "duplicates
 SHOWN = (
     ("proxy_final", "proxy"), ("gold_final", "gold"), ("gold_peak", "peak gold"), ("gold_drop", "drop from peak"),
     ("gold_area", "area under gold"), ("gold_at_level", "gold at equal proxy"),
+    ("fit_peak", "fitted peak, sqrt(kl)"),
 )  # fmt: skip
 """Columns of the table, and their headings."""
 
@@ -119,11 +123,30 @@ def table(grid: Grid, records: Sequence[Record]) -> list[dict[str, Any]]:
         found = [measures(record, at[proxy]) for record in mine]
         names = dict.fromkeys(name for measured in found for name in measured)
         stats = {name: spread([measured.get(name) for measured in found]) for name in names}
+        stats["fit_peak"] = spread([fitted_peak(mine)])
         hacked = stats["gold_drop"]["mean"] >= grid.drop
         rows.append(
             {"proxy": proxy, "method": method, "seeds": len(mine), "level": at[proxy], "hacked": hacked, "stats": stats}
         )
     return rows
+
+
+def fitted_peak(records: Sequence[Record]) -> float | None:
+    """The root of the divergence at which gold is highest, by the curve of Gao et al. through all seeds of a method.
+
+    None where the curve does not turn within twice the distance that was covered, or fewer than three points are there.
+    """
+    points = [
+        (kl**0.5, value_at(record.gold, at) - record.gold[0][1])
+        for record in records
+        for at, kl in record.curves.get("kl", ())
+        if kl > 0
+    ]
+    if len(points) < 3 or len({d for d, _ in points}) < 2:
+        return None
+    distance, gained = torch.tensor(points, dtype=torch.float64).T
+    peak = fit(distance, gained, "rl").peak
+    return peak if peak is not None and peak <= 2 * float(distance.max()) else None
 
 
 def write_results(grid: Grid, cells: Sequence[Cell], out: Path, command: str) -> str:

@@ -212,6 +212,7 @@ def test_a_signal_at_any_time(
     options = [
         "--iterations=3", "--optimizer.schedule=linear", "--grids.prompts=1", f"--rewards.bright.type={PLUGINS}:Interrupting",
         *(f"--rewards.bright.{key}={value}" for key, value in interrupting.items()),
+        "--monitors.prompts=0",  # which would score pictures as well
     ]  # fmt: skip
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     assert train(config, *options) == 128 + getattr(signal, name)

@@ -42,11 +42,13 @@ def test_a_run_leaves_its_files(config: Path, run_dir: Path, capsys: pytest.Capt
     assert train(config, *options) == 0
     out = capsys.readouterr().out
     names = {str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if p.is_file() and "trackers" not in p.parts}
+    best = json.loads((run_dir / "summary.json").read_text())["best"]["iteration"]
     assert names == {
         "config.yaml", "command.txt", "environment.json", "metrics.jsonl", "summary.json", "report.html",
         *(f"grids/iteration_{i:06d}.{kind}" for i in range(4) for kind in ("png", "json")),
         *(f"checkpoints/iteration_{i:06d}/{file}" for i in (2, 3) for file in ("manifest.json", "state.pt", "weights.safetensors")),
         "export/pytorch_lora_weights.safetensors", "export/README.md",
+        *(f"best/iteration_{best:06d}/{file}" for file in ("manifest.json", "state.pt", "weights.safetensors")),
     }  # fmt: skip
     assert list(run_dir.glob("trackers/**/events.out.tfevents.*"))
     again = load_run([run_dir / "config.yaml"])
@@ -61,7 +63,8 @@ def test_summary_and_metrics_have_the_documented_keys(config: Path, run_dir: Pat
     assert train(config, "--heldout_rewards.vivid.type=vividness") == 0
     summary, lines = json.loads((run_dir / "summary.json").read_text()), metrics(run_dir)
     assert set(summary) == {
-        "base", "final", "images_evaluated", "iterations", "updates", "images_sampled", "seconds", "export", "warnings"
+        "base", "final", "images_evaluated", "iterations", "updates", "images_sampled", "seconds", "export", "warnings",
+        "stopped", "best",
     }  # fmt: skip
     assert set(summary["base"]) == set(summary["final"]) == {"bright", "vivid"}
     assert (summary["iterations"], summary["updates"], summary["images_sampled"], summary["images_evaluated"]) == (

@@ -1,0 +1,52 @@
+"""Monitors in a whole run: what they log, how they end it, and the checkpoint that they keep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t2irl.evaluation import rules
+from tests.end_to_end.runs import assert_same_run, metrics, train
+
+WATCH = ("--heldout_rewards.vivid.type=vividness", "--iterations=3", "--monitors.prompts=2", "--monitors.images=2")
+
+
+def summary(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+def test_every_evaluation_is_monitored(config: Path, run_dir: Path) -> None:
+    assert train(config, *WATCH, "--monitors.best=export") == 0
+    first, *_, last = metrics(run_dir)
+    assert first["policy/kl_reference"] == 0 < last["policy/kl_reference"]
+    assert first["diversity/ratio"] == 1 and first["hack/gap/vivid"] == 0
+    assert {"hack/tau/vivid", "hack/starc/vivid", "monitor/total/std", "diversity/duplicates"} <= last.keys()
+    values = {row["iteration"]: row["heldout/vivid"] for row in metrics(run_dir)[1:]}
+    best = max(values, key=lambda iteration: values[iteration])
+    assert summary(run_dir)["best"]["iteration"] == best and summary(run_dir)["stopped"] is None
+    assert [p.name for p in (run_dir / "best").iterdir()] == [f"iteration_{best:06d}"]
+    assert (run_dir / summary(run_dir)["best"]["export"]["file"]).is_file()
+    assert "Reward against distance" in (run_dir / "report.html").read_text()
+
+
+def test_a_rule_ends_the_run_and_the_end_is_final(
+    config: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = ("heldout/{watched}", lambda seen, *_: "it fell" if seen[-1]["iteration"] >= 2 else None)
+    monkeypatch.setitem(rules.RULES, "off_peak", judge)
+    stop = "--monitors.stop=[off_peak]"
+    assert train(config, *WATCH, stop, "--checkpoints.every=9") == 0
+    out = capsys.readouterr().out
+    assert "off_peak at iteration 2: it fell" in out and "stopping early at iteration 2" in out
+    assert (summary(run_dir)["iterations"], summary(run_dir)["stopped"]) == (2, "off_peak")
+    assert "off_peak, which ended the run, at iteration 2" in (run_dir / "report.html").read_text()
+    assert train(config, *WATCH, stop) == 0
+    assert "is complete (2 iterations)" in capsys.readouterr().out
+    # Without the rule the run goes on, and becomes the one that was never stopped.
+    assert train(config, *WATCH) == 0 and summary(run_dir)["stopped"] is None
+    whole = run_dir.with_name("whole")
+    assert train(config, *WATCH, f"--run_dir={whole}") == 0
+    assert_same_run(run_dir, whole, 3)
