@@ -144,9 +144,9 @@ class FeatureCache:
 
     def of(self, paths: Sequence[Path]) -> Tensors:
         """Features of some pictures, one row each, on the CPU. Raises DataError for an unreadable one."""
-        paths = [self._by_content(path) for path in paths]
-        rows = {digest: row for digest in dict(paths) if (row := self._known(digest)) is not None}
-        fresh = {digest: path for digest, path in paths if digest not in rows}
+        wanted = [(self._digest(path), path) for path in paths]
+        rows = {digest: row for digest in dict(wanted) if (row := self._known(digest)) is not None}
+        fresh = {digest: path for digest, path in wanted if digest not in rows}
         if fresh:
             self.computed += len(fresh)
             found = in_equal_batches(lambda x: self.encode(x.float().div(255)), self.read(list(fresh.values())))
@@ -154,15 +154,15 @@ class FeatureCache:
                 rows[digest] = row
                 self._to_disk(digest, row)
                 self._memory.put(digest, row)
-        return tuple(torch.stack(parts) for parts in zip(*(rows[digest] for digest, _ in paths), strict=True))
+        return tuple(torch.stack(parts) for parts in zip(*(rows[digest] for digest, _ in wanted), strict=True))
 
-    def _by_content(self, path: Path) -> tuple[str, Path]:
+    def _digest(self, path: Path) -> str:
         if path not in self._digests:
             try:
                 self._digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
             except OSError as error:
                 raise DataError(f"reference image {path}: cannot be read: {error.strerror or error}") from error
-        return self._digests[path], path
+        return self._digests[path]
 
     def _known(self, digest: str) -> Tensors | None:
         row = self._memory.get(digest)

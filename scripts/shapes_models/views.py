@@ -99,12 +99,13 @@ def _ghost(x: Tensor, g: Generator) -> Tensor:
 
 
 def _coarse(x: Tensor, g: Generator) -> Tensor:
-    coarse = [F.interpolate(F.interpolate(x, [SIZE // k] * 2, mode="area"), [SIZE, SIZE]) for k in (2, 4)]
-    return _either(*coarse, g)
+    two, four = (F.interpolate(F.interpolate(x, [SIZE // k] * 2, mode="area"), [SIZE, SIZE]) for k in (2, 4))
+    return _either(two, four, g)
 
 
 def _smear(x: Tensor, g: Generator) -> Tensor:
-    return _either(*(sum(x.roll(k, axis) for k in range(-3, 4)) / 7 for axis in (2, 3)), g)
+    down, across = (torch.stack([x.roll(k, axis) for k in range(-3, 4)]).mean(0) for axis in (2, 3))
+    return _either(down, across, g)
 
 
 def _salt(x: Tensor, g: Generator) -> Tensor:
