@@ -88,8 +88,11 @@ def test_bad_grids_are_refused(tmp_path: Path, changes: dict[str, Any], message:
 
 def test_a_proxy_without_a_trained_reward_is_refused(tmp_path: Path) -> None:
     proxy = {"p": {"rewards": {"v": {"type": "vividness", "weight": 0}}}}
-    with pytest.raises(ConfigError, match=r"proxies.p: no reward of it is trained on"):
+    with pytest.raises(ConfigError, match="all rewards have weight 0"):
         cells_of(tmp_path, proxies=proxy)
+    other = {"m": {"rewards": {"own": {"type": "vividness"}}}}  # of the method, not of the proxy
+    with pytest.raises(ConfigError, match=r"proxies.p: no reward of it is trained on"):
+        cells_of(tmp_path, proxies=proxy, methods=other)
 
 
 def write_run(cell: Cell, gold: list[float], proxy: list[float], complete: bool = True) -> None:
