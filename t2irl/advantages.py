@@ -42,10 +42,15 @@ def total_score(scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> T
     Raises RunError for an image that no reward applies to.
     """
     table = torch.stack([weights[name] * values.double() for name, values in trained(scores, weights).items()])
+    refuse_unscored(table)
+    return table.nansum(0)
+
+
+def refuse_unscored(table: Tensor) -> None:
+    """Raise RunError for an image, a column of (rewards, N) scores, that no reward applies to."""
     nothing = table.isnan().all(0)
     if nothing.any():
         raise RunError(f"no reward applies to image {int(nothing.nonzero()[0])} of the iteration: all scores are NaN")
-    return table.nansum(0)
 
 
 def normalise(values: Tensor, groups: Tensor, config: Advantage) -> Tensor:
@@ -62,9 +67,9 @@ def normalise(values: Tensor, groups: Tensor, config: Advantage) -> Tensor:
         return torch.zeros(size, dtype=torch.float64).index_add(0, index, x)
 
     count = per_group(applies.double()).clamp_min(1)
-    centred = (kept - (per_group(kept) / count)[index]).where(applies, 0.0)
+    apart = (kept - (per_group(kept) / count)[index]).where(applies, 0.0)
     if config.std == "group":
-        scale = (per_group(centred**2) / count).sqrt()[index] + config.eps
+        scale = (per_group(apart**2) / count).sqrt()[index] + config.eps
     elif config.std == "global":
         valid = values[applies]
         scale = (valid - valid.mean()).square().mean().sqrt().expand(len(values)) + config.eps
@@ -72,7 +77,7 @@ def normalise(values: Tensor, groups: Tensor, config: Advantage) -> Tensor:
         scale = torch.ones(len(values), dtype=torch.float64)
     flat = constant_groups(values, groups, config.floor)
     # The guard keeps 0 / 0 of a constant group with eps = 0 from becoming NaN.
-    return torch.where(flat | ~applies, 0.0, centred / scale.clamp_min(torch.finfo(torch.float64).tiny))
+    return torch.where(flat | ~applies, 0.0, apart / scale.clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def constant_groups(values: Tensor, groups: Tensor, floor: float) -> Tensor:
@@ -90,7 +95,12 @@ def constant_groups(values: Tensor, groups: Tensor, floor: float) -> Tensor:
 
 def within_group_std(values: Tensor, groups: Tensor) -> float:
     """Root of the mean within-group variance: what a group-relative method can learn from."""
+    return float(centred(values, groups).square().mean().sqrt())
+
+
+def centred(values: Tensor, groups: Tensor) -> Tensor:
+    """Values without NaN minus the mean of their group, (N,) float64."""
     index = torch.unique(groups, return_inverse=True)[1]
     count = torch.bincount(index).double()
     mean = torch.zeros(len(count), dtype=torch.float64).index_add(0, index, values.double()) / count
-    return float((values.double() - mean[index]).square().mean().sqrt())
+    return values.double() - mean[index]

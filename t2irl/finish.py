@@ -52,7 +52,8 @@ def draw(ctx: Context, parts: Parts) -> None:
     prompts = parts.heldout_prompts[: run.grids.prompts]
     count = len(prompts) * run.grids.images
     with parts.policy.averaged():
-        groups, images = sample_fixed(parts.policy, run, prompts, count, Noise(run.seed, "grid"))
+        sampled = sample_fixed(parts.policy, run, prompts, count, Noise(run.seed, "grid"))
+    groups, images = sampled.groups, sampled.images
     scores = {**parts.rewards.score(images, groups), **parts.heldout.score(images, groups)}
     path = ctx.folder / "grids" / f"iteration_{iteration:06d}.png"
     table = {name: values.tolist() for name, values in scores.items()}

@@ -22,6 +22,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from reward_models.artifact import ArtifactClassifier, Design, scores
+from reward_models.recipes.command import command
 from reward_models.recipes.labelled import load_labelled, pixels, split
 from reward_models.vision import VisionBackbone
 
@@ -195,13 +196,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, and write the folder. Returns the exit code."""
-    args = parser().parse_args(argv)
-    try:
-        run(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command(parser(), run, argv)
 
 
 def run(args: argparse.Namespace) -> None:

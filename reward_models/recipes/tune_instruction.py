@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from reward_models.judges import LEAST_MASS, SEED_INSTRUCTION, Judge, LocalJudge, ServerJudge, cleanliness
+from reward_models.recipes.command import command
 from reward_models.recipes.labelled import Labelled, load_labelled, split
 
 EPSILON = 1e-8
@@ -215,13 +216,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Search, and write the beam. Returns the exit code."""
-    args = parser().parse_args(argv)
-    try:
-        run(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command(parser(), run, argv)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from t2irl.advantages import constant_groups, group_advantages, normalise
+from t2irl.advantages import constant_groups, group_advantages, normalise, refuse_unscored
 from t2irl.algebra import heads
 from t2irl.algebra.base import BaseScores
 from t2irl.algebra.config import Constraints, HardGate, LogSigmoid, ProductGate, Sum, Tiers, WinRate
@@ -106,11 +106,7 @@ class Pipeline:
         raw = {name: scores[name].double() for name in self.names}
         ready, metrics = self._heads(raw, ids)
         main = {name: ready[name] for name in main_rewards(self.run)}
-        nothing = torch.stack(list(main.values())).isnan().all(0)
-        if nothing.any():
-            raise RunError(
-                f"no reward applies to image {int(nothing.nonzero()[0])} of the iteration: all scores are NaN"
-            )
+        refuse_unscored(torch.stack(list(main.values())))
         main = self._gated(main, raw, metrics)
         if self.multipliers is not None:
             total = unclipped = self._constrained(main, raw, ids, metrics)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from t2irl.advantages import centred
+
 
 def canonical(values: Tensor, groups: Tensor) -> Tensor:
     """A reward without what shaping could add: c(R)(x, c) = R(x, c) - mean of R over the pictures of c. (N,) -> (N,) float64.
@@ -17,10 +19,7 @@ def canonical(values: Tensor, groups: Tensor) -> Tensor:
     Skalse et al. 2024 (STARC), definition 3, for a bandit of one step: potential shaping is an offset for each prompt.
     `groups`: (N,) int64, equal for pictures of a prompt.
     """
-    index = torch.unique(groups, return_inverse=True)[1]
-    count = torch.bincount(index).double()
-    mean = torch.zeros(len(count), dtype=torch.float64).index_add(0, index, values.double()) / count
-    return values.double() - mean[index]
+    return centred(values, groups)
 
 
 def starc_distance(first: Tensor, second: Tensor, groups: Tensor) -> float:
@@ -31,11 +30,11 @@ def starc_distance(first: Tensor, second: Tensor, groups: Tensor) -> float:
     """
     units = []
     for values in (first, second):
-        centred = canonical(values, groups)
-        norm = centred.norm()
+        form = canonical(values, groups)
+        norm = form.norm()
         # A reward that is constant but for rounding is the zero reward.
         zero = norm <= 1e-12 * values.double().norm()
-        units.append(torch.zeros_like(centred) if zero else centred / norm)
+        units.append(torch.zeros_like(form) if zero else form / norm)
     return float((units[0] - units[1]).norm() / 2)
 
 

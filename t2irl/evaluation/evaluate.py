@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from t2irl.config import Run
 from t2irl.geometry import even_chunks
@@ -24,32 +23,17 @@ def sample_fixed(
     noise: Noise,
     advance: Callable[[int], None] = lambda images: None,
     part: tuple[int, int] = (0, 1),
-) -> tuple[PromptGroups, Tensor]:
+) -> Trajectory:
     """Part `part[0]` of `part[1]` of `count` deterministic pictures, image i showing prompt i modulo their number.
 
-    Returns the groups and (n, 3, H, W) uint8 pictures. Steps and guidance are the evaluation's.
+    The trajectory has no recorded window, and may be of no picture at all. Steps and guidance are the evaluation's.
     """
-    trajectory = sample_part(policy, run, prompts, count, noise, advance, part)
-    if trajectory is None:
-        return PromptGroups.of(prompts, [], []), torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-    return trajectory.groups, trajectory.images
-
-
-def sample_part(
-    policy: Policy,
-    run: Run,
-    prompts: Sequence[str],
-    count: int,
-    noise: Noise,
-    advance: Callable[[int], None] = lambda images: None,
-    part: tuple[int, int] = (0, 1),
-) -> Trajectory | None:
-    """What `sample_fixed` draws, with its clean latents; None for a part without pictures."""
     chunks = even_chunks(count, -(-count // part[1]))
     mine = range(count)[chunks[part[0]]] if part[0] < len(chunks) else range(0)
     groups = PromptGroups.of(prompts, [i % len(prompts) for i in mine], [i // len(prompts) for i in mine])
     if not mine:
-        return None
+        empty = torch.empty(0)
+        return Trajectory(groups, empty, empty, empty, empty, torch.empty(0, 3, 1, 1, dtype=torch.uint8))
     levels = policy.family.levels(run.evaluation.steps or run.rollout.steps)
     guidance = policy.guidance_scale if run.evaluation.guidance_scale is None else run.evaluation.guidance_scale
     return rollout(policy, groups, levels, range(0), noise, run.rollout.batch_size, guidance, advance)
@@ -68,9 +52,9 @@ def evaluate(
     """
     part = (distributed.rank(), distributed.world_size())
     with policy.averaged():
-        groups, images = sample_fixed(
-            policy, run, prompts, run.evaluation.images, Noise(run.seed, "evaluation"), advance, part
-        )
+        noise = Noise(run.seed, "evaluation")
+        sampled = sample_fixed(policy, run, prompts, run.evaluation.images, noise, advance, part)
+    groups, images = sampled.groups, sampled.images
     means: dict[str, float] = {}
     for reward_set in rewards:
         for name, values in reward_set.score(images, groups).items():

@@ -12,7 +12,7 @@ from torch import Tensor
 from t2irl.config import Run
 from t2irl.evaluation.agreement import kendall_tau, starc_distance
 from t2irl.evaluation.diversity import coarse_pixels, diversity
-from t2irl.evaluation.evaluate import sample_part
+from t2irl.evaluation.evaluate import sample_fixed
 from t2irl.geometry import even_chunks
 from t2irl.policy import Policy
 from t2irl.rewards.combine import RewardSet
@@ -43,9 +43,9 @@ def monitor(
     noise = Noise(run.seed, "evaluation")
     part = (distributed.rank(), distributed.world_size())
     with policy.averaged():
-        trajectory = sample_part(policy, run, prompts, len(prompts) * run.monitors.images, noise, advance, part)
+        trajectory = sample_fixed(policy, run, prompts, len(prompts) * run.monitors.images, noise, advance, part)
     mine: dict[str, Any] = {}
-    if trajectory is not None:
+    if len(trajectory.groups):
         images, groups = trajectory.images, trajectory.groups
         mine["scores"] = [reward_set.score(images, groups) for reward_set in rewards]
         mine["features"] = coarse_pixels(images.cpu())

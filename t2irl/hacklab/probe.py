@@ -55,7 +55,8 @@ def sample(run: Run, prompts: int, images: int) -> Samples:
             load_prompts(run.data.prompts, "data.prompts").texts, texts, family, trained=kind == "rewards"
         )
     with policy.reference():
-        groups, pictures = sample_fixed(policy, run, texts[:prompts], prompts * images, Noise(run.seed, "evaluation"))
+        sampled = sample_fixed(policy, run, texts[:prompts], prompts * images, Noise(run.seed, "evaluation"))
+    groups, pictures = sampled.groups, sampled.images
     scores = {
         name: values for reward_set in sets.values() for name, values in reward_set.score(pictures, groups).items()
     }

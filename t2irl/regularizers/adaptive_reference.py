@@ -76,9 +76,7 @@ class AdaptiveReference(Regularizer):
 
     def after_update(self, policy: Policy, clock: Clock) -> None:
         """The mean divergence of the update, over all processes, and what follows from it."""
-        device = policy.family.device
-        mine = torch.stack(self.sums).sum(0) if self.sums else torch.zeros(2, dtype=torch.float64, device=device)
-        total, count = distributed.gather_rows(mine[None], device).sum(0).tolist()
+        total, count = distributed.totals(self.sums, 2, policy.family.device)
         self.sums = []
         if count:
             self.seen.append(total / count)

@@ -75,9 +75,7 @@ class ChiSquare(Regularizer):
 
     def after_update(self, policy: Policy, clock: Clock) -> None:
         """chi2 of the update, over all processes: where the next tangent touches."""
-        device = policy.family.device
-        mine = torch.stack(self.sums).sum(0) if self.sums else torch.zeros(3, dtype=torch.float64, device=device)
-        total, far, count = distributed.gather_rows(mine[None], device).sum(0).tolist()
+        total, far, count = distributed.totals(self.sums, 3, policy.family.device)
         self.sums = []
         if count:
             self.last = total / count

@@ -14,6 +14,7 @@ from reward_models.vision import VisionBackbone
 from t2irl.errors import DataError
 from t2irl.geometry import even_chunks
 from t2irl.guards.diversity import Distance, Factor, factors, nearest, pairwise
+from t2irl.models.base import DTYPES
 from t2irl.regularizers.base import Regularizer
 from t2irl.types import Rollout
 from t2irl.utils import distributed
@@ -21,7 +22,6 @@ from t2irl.utils import distributed
 if TYPE_CHECKING:
     from t2irl.train import Parts
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PIXEL_SIDE = 16
 """Side that pictures are shrunk to where their pixels are the features."""
 

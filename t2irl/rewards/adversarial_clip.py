@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import PositiveFloat, PositiveInt
 
 from reward_models.clip import ClipScorer
@@ -13,9 +12,8 @@ from reward_models.critics import ClipCritic
 from t2irl.adversary.losses import LossKind
 from t2irl.adversary.reward import AdversarialReward
 from t2irl.errors import DataError
+from t2irl.models.base import DTYPES
 from t2irl.turns import AnyTurns, TriggerTurns
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class AdversarialClip(AdversarialReward):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -14,8 +13,7 @@ from reward_models.heads import PatchHead
 from reward_models.vision import VisionBackbone
 from t2irl.adversary.reward import AdversarialReward
 from t2irl.errors import DataError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from t2irl.models.base import DTYPES
 
 
 class AdversarialDino(AdversarialReward):

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from reward_models.judges import LEAST_MASS, SEED_INSTRUCTION, Judge, LocalJudge, ServerJudge, cleanliness, to_pictures
 from t2irl.errors import ConfigError, DataError, RunError
+from t2irl.models.base import DTYPES
 from t2irl.rewards.base import Reward
 from t2irl.types import PromptGroups
 from t2irl.utils import distributed
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class ArtifactJudge(Reward):

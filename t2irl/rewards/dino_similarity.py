@@ -14,14 +14,13 @@ from torch import Tensor
 from reward_models.vision import Features, VisionBackbone, l2
 from t2irl.adversary.memory import Tensors
 from t2irl.errors import ConfigError, DataError
+from t2irl.models.base import DTYPES
 from t2irl.references import FeatureCache, ReferenceImages
 from t2irl.rewards.base import Reward
 from t2irl.types import PromptGroups
 
 if TYPE_CHECKING:
     from t2irl.models.base import ModelFamily
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class DinoSimilarity(Reward):

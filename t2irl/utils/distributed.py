@@ -47,6 +47,12 @@ def gather_objects(mine: Any) -> list[Any]:
     return found
 
 
+def totals(parts: Sequence[Tensor], size: int, device: torch.device) -> list[float]:
+    """Sum of vectors (size,) over all that every process holds, which may be none."""
+    mine = torch.stack(list(parts)).sum(0) if parts else torch.zeros(size, dtype=torch.float64, device=device)
+    return gather_rows(mine[None], device).sum(0).tolist()
+
+
 def any_process(flag: bool, device: torch.device) -> bool:
     """True on all processes if it is true on one."""
     if world_size() == 1:

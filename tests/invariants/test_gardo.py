@@ -92,6 +92,13 @@ def iterate(run: Run, parts: Parts, count: int) -> list[Tensor]:
     return found
 
 
+def take_over(first: Parts, second: Parts) -> None:
+    """Give the second run the state of the first, as a checkpoint would."""
+    second.policy.load_state_dict({k: v.clone() for k, v in first.policy.state_dict().items()})
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second.clock.iteration, second.clock.update = first.clock.iteration, first.clock.update
+
+
 def batches(run: Run, parts: Parts, size: int) -> list[MicroBatch]:
     """All micro-batches of an iteration that has one update."""
     advantages, rollout = scored(run, parts)
@@ -253,9 +260,7 @@ def test_state_goes_round(rollout: Mapping[str, Any]) -> None:
     whole, first, second = (toy_parts(run) for _ in range(3))
     iterate(run, whole, 4)
     iterate(run, first, 2)
-    second.policy.load_state_dict({k: v.clone() for k, v in first.policy.state_dict().items()})
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    second.clock.iteration, second.clock.update = first.clock.iteration, first.clock.update
+    take_over(first, second)
     iterate(run, second, 2)
     ours, theirs = second.policy.state_dict(), whole.policy.state_dict()
     assert any(name.startswith("snapshot.slow.") for name in ours)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from t2irl.guards.evaluations import drawn, drawn_again, perturb, perturbed
 from t2irl.train import Parts, shaped
 from t2irl.types import Rollout
 from tests.end_to_end.plugins import Moody
-from tests.invariants.test_gardo import GATE, MATCHING, RECORDED, REWARDS, SLOW, gardo_run, iterate, scored
+from tests.invariants.test_gardo import GATE, MATCHING, RECORDED, REWARDS, SLOW, gardo_run, iterate, scored, take_over
 from tests.invariants.toy import a_batch, toy_parts
 
 ENSEMBLE = {"type": "uncertainty", "estimator": "ensemble", "members": ["red", "detail"]}
@@ -203,9 +202,7 @@ def test_state_goes_round() -> None:
     whole, first, second = (toy_parts(run) for _ in range(3))
     iterate(run, whole, 3)
     iterate(run, first, 1)
-    second.policy.load_state_dict({k: v.clone() for k, v in first.policy.state_dict().items()})
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    second.clock.iteration, second.clock.update = first.clock.iteration, first.clock.update
+    take_over(first, second)
     iterate(run, second, 2)
     theirs = whole.policy.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in second.policy.state_dict().items())

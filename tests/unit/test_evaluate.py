@@ -76,7 +76,8 @@ def setup(folder: Path, batch_size: int = 8, **evaluation: Any) -> tuple[Run, Pa
 
 def fixed(run: Run, parts: Parts, count: int = 7, part: tuple[int, int] = (0, 1)) -> tuple[PromptGroups, Tensor]:
     """Fixed pictures of the trained weights."""
-    return sample_fixed(parts.policy, run, PROMPTS, count, Noise(0, "evaluation"), part=part)
+    found = sample_fixed(parts.policy, run, PROMPTS, count, Noise(0, "evaluation"), part=part)
+    return found.groups, found.images
 
 
 def off_by(a: Tensor, b: Tensor) -> int:
