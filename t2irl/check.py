@@ -220,7 +220,8 @@ def _times(count: int | None, size: int) -> int | None:
 
 
 def _activations(run: Run, g: Geometry, tensors: Tensors, full: bool, precision: int) -> int:
-    rows = g.largest_micro_batch * g.window_size * (1 if run.rollout.guidance_scale == 1 else 2)
+    guided = run.rollout.guidance_scale != 1 and getattr(run.rollout.dynamics, "guided", True)
+    rows = g.largest_micro_batch * g.window_size * (2 if guided else 1)
     layer = rows * tensors.tokens * tensors.width
     whole = ACTIVATION_BYTES["full" if full else "lora", precision] * layer
     return whole + tensors.layers * layer * precision if run.model.gradient_checkpointing else whole * tensors.layers

@@ -74,7 +74,7 @@ class Policy:
 
     def predict(self, batch: MicroBatch) -> Prediction:
         """Velocity, transition and log-density of a micro-batch, by the functions that the rollout used."""
-        velocity = self.velocity(batch.x, batch.t, batch.text)
+        velocity = self.velocity(batch.x, batch.t, batch.text, None if self.dynamics.guided else 1.0)
         mean, std = self.dynamics.mean_std(batch.x, velocity, batch.t, batch.t_next)
         return Prediction(velocity, mean, std, self.dynamics.log_prob(batch.x_next, mean, std, self.reduction))
 

@@ -34,6 +34,9 @@ class Dynamics:
     """Whether the rollout's own transitions are trained on. If not, the window is a number of noise levels: `levels` draws them
     and `rows` noises the finished pictures again."""
 
+    guided = True
+    """Whether the rollout's guidance is part of the policy that an update scores: it is for recorded transitions."""
+
     last_step_has_density = True
     """Whether the step to noise level 0 can be stochastic."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt, model_validator
@@ -32,6 +32,9 @@ class Matching(Dynamics):
         """Noise levels [low, high] that are trained, 0 the picture and 1 pure noise."""
         weighting: Literal["uniform", "t", "t2"] = "uniform"
         """w(t): 1, t or t^2. Published as uniform, t * mse and t^2 * mse."""
+        guided: bool = False
+        """With guidance in the rollout: score the guided velocity. false, as published: the conditional one alone, which
+        halves an update's cost."""
 
         @model_validator(mode="after")
         def _range_is_ordered(self) -> Matching.Config:
@@ -46,6 +49,10 @@ class Matching(Dynamics):
 
     recorded = False
     last_step_has_density = False
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.guided = config.guided
 
     def levels(self, uniform: Tensor) -> Tensor:
         """Noise levels (K + 1,) from K uniform numbers: one in each part of `range`, from noisy to clean, then 0."""

@@ -26,14 +26,16 @@ def matching(**settings: Any) -> dict[str, Any]:
     return {"rollout": {"dynamics": {"type": "matching", **settings}, "window": DEFAULT_WINDOW}}
 
 
-def flow_matching_gradient(parts: Parts, trajectory: Trajectory, weight: Tensor, power: int = 0) -> Tensor:
+def flow_matching_gradient(
+    parts: Parts, trajectory: Trajectory, weight: Tensor, power: int = 0, guidance: float | None = None
+) -> Tensor:
     """Gradient of mean over images and levels of weight x t^power x mean (v - (noise - x0))^2, written out."""
     policy, levels = parts.policy, trajectory.levels[:-1]
     text = policy.text(trajectory.groups.prompts)[list(trajectory.groups.index)]
     total = torch.zeros(())
     for k, t in enumerate(levels):
         noise, clean = trajectory.latents[:, k], trajectory.final
-        v = policy.velocity((1 - t) * clean + t * noise, t.expand(len(clean)), text)
+        v = policy.velocity((1 - t) * clean + t * noise, t.expand(len(clean)), text, guidance)
         total = total + (weight * t**power * (v - (noise - clean)).square().flatten(1).mean(1)).mean() / len(levels)
     return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(policy.trained.values()))])
 
@@ -52,6 +54,21 @@ def test_the_gradient_is_flow_matching_weighted_by_advantages(weighting: str, po
     nothing, idle = first_gradient(changes, torch.zeros(16))
     assert not nothing.any()
     assert idle.family.work["denoiser_forward_calls"] == 0
+
+
+@pytest.mark.parametrize(("guided", "scored"), [(False, 1.0), (True, 3.0)])
+def test_guidance_of_the_rollout_enters_the_update_on_request(guided: bool, scored: float) -> None:
+    """By default the conditional branch alone is trained, on pictures sampled with guidance; and nothing else is called."""
+    changes = merged({**matching(guided=guided), **FULL}, {"rollout": {"guidance_scale": 3.0}})
+    run = toy_run(changes)
+    parts = toy_parts(run)
+    trajectory = toy_rollout(run, parts)
+    advantages = torch.randn(16, generator=torch.Generator().manual_seed(3))
+    found, learner = first_gradient(changes, advantages)
+    assert_same_gradient(found, flow_matching_gradient(parts, trajectory, advantages, guidance=scored))
+    other = flow_matching_gradient(parts, trajectory, advantages, guidance=4.0 - scored)
+    assert (found - other).norm() > 0.1 * found.norm()
+    assert learner.family.work["denoiser_backward_images"] == 16 * len(trajectory.levels[:-1]) * (2 if guided else 1)
 
 
 def test_pictures_are_those_of_the_ode() -> None:
