@@ -42,6 +42,9 @@ class LogSigmoid(Strict):
     """The anchor, without `at`: that quantile of the base model's scores. Published: 0.85."""
     temperature: PositiveFloat = 1.0
     """Score difference that counts as one nat: 1 for a Bradley-Terry reward on its own scale."""
+    unit: Literal["score", "deviation"] = "score"
+    """What the temperature is counted in: `deviation`, standard deviations of the base model's scores, for a reward whose own
+    scale means nothing."""
     per_prompt: NonNegativeInt = 0
     """Base-model images drawn for each prompt, when it is first met, whose quantile is its own anchor, as published; 0: one
     anchor for all prompts, from `combine.base_images`."""
@@ -93,6 +96,8 @@ class CentredSigmoid(Strict):
     type: Literal["centred_sigmoid"] = "centred_sigmoid"
     temperature: PositiveFloat = 1.0
     """Score difference that counts as one nat."""
+    unit: Literal["score", "deviation"] = "score"
+    """What the temperature is counted in: `deviation`, standard deviations of the base model's scores."""
 
 
 Transform = Annotated[

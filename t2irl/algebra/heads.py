@@ -35,10 +35,10 @@ def transform(how: c.Transform | None, scores: Tensor, base: Tensor | None, anch
         if anchors is None:
             anchor = how.at if how.at is not None else float(quantiles(base, [how.quantile])[0])
             anchors = torch.full_like(x, anchor)
-        return log_sigmoid(x, anchors, how.temperature)
+        return log_sigmoid(x, anchors, temperature(how, base))
     assert base is not None, "nothing was measured on the base model"
     if isinstance(how, c.CentredSigmoid):
-        return centred_sigmoid(x, base.double(), how.temperature)
+        return centred_sigmoid(x, base.double(), temperature(how, base))
     if isinstance(how, c.Unit):
         low, high = quantiles(base, [how.low, how.high]).tolist()
         return ((x - low) / (high - low)).clamp_min(0)
@@ -46,6 +46,14 @@ def transform(how: c.Transform | None, scores: Tensor, base: Tensor | None, anch
     if isinstance(how, c.Tanh):
         return n.tanh()
     return n if how.limit is None else n.clamp(-how.limit, how.limit)
+
+
+def temperature(how: c.LogSigmoid | c.CentredSigmoid, base: Tensor | None) -> float:
+    """The temperature in the unit of the score."""
+    if how.unit == "score":
+        return how.temperature
+    assert base is not None, "nothing was measured on the base model"
+    return how.temperature * float(base.double().std(correction=0))
 
 
 def log_sigmoid(scores: Tensor, anchors: Tensor, temperature: float = 1.0) -> Tensor:
@@ -99,8 +107,10 @@ def check_base(name: str, how: c.Transform | None, base: Tensor) -> None:
     if isinstance(how, c.Unit):
         low, high = quantiles(base, [how.low, how.high])
         spread = high - low
-    if isinstance(how, c.Standardise | c.Tanh | c.Unit) and not spread > 0:
+    scaled = isinstance(how, c.LogSigmoid | c.CentredSigmoid) and how.unit == "deviation"
+    if (scaled or isinstance(how, c.Standardise | c.Tanh | c.Unit)) and not spread > 0:
+        assert how is not None
         raise RunError(
             f"combine.rewards.{name}.transform.type = {how.type}: the base model's images all score {float(base.median()):g} by it, "
-            "which gives no scale; use another transform (log_sigmoid, centred_sigmoid), or combine.aggregate: {type: sum}"
+            "which gives no scale; use another transform (log_sigmoid or centred_sigmoid with unit: score), or combine.aggregate: {type: sum}"
         )

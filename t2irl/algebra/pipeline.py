@@ -92,7 +92,8 @@ class Pipeline:
         assert self.combine is not None
         head, gate = head_of(self.combine, name), self.combine.gate
         levels = [head.bound, head.constraint, gate if gate and gate.reward == name else None]
-        return any(getattr(x, "quantile", None) is not None or hasattr(x, "quantiles") for x in levels)
+        scaled = getattr(head.transform, "unit", None) == "deviation"
+        return scaled or any(getattr(x, "quantile", None) is not None or hasattr(x, "quantiles") for x in levels)
 
     # ------------------------------------------------------------------------------------------------------- the stages
     def credit(self, scores: Mapping[str, Tensor], ids: Tensor) -> Credit:

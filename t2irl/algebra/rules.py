@@ -231,6 +231,7 @@ def needs_base(run: Run) -> list[str]:
         if not isinstance(combine.gate, ProductGate) and combine.gate and combine.gate.reward == name:
             levels.append(combine.gate)
         fixed = _type(transform) in (None, "log_probability") or getattr(transform, "at", None) is not None
+        fixed = fixed and getattr(transform, "unit", None) != "deviation"
         if (
             not fixed
             or _type(head.bound) == "tiers"

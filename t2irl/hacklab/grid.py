@@ -83,7 +83,7 @@ class Cell:
     run: Run
     """Its whole config; `run_dir` is its folder."""
     trained: Mapping[str, float]
-    """The proxy: names of its rewards and their weights."""
+    """The proxy: names of its rewards and the weights that its entry gives them."""
 
     @property
     def name(self) -> str:
@@ -183,8 +183,10 @@ def _cell(grid: Grid, layer: Layer, path: Path, out: Path, key: tuple[str, str, 
     if grid.gold not in run.heldout_rewards:
         known = ", ".join(run.heldout_rewards) or "none"
         raise ConfigError(f"gold: {grid.gold!r} is not among heldout_rewards, which are: {known}")
-    named = [name for name, value in (proxied.values.get("rewards") or {}).items() if value is not None]
-    trained = {name: run.rewards[name].weight for name in named if name in run.rewards and run.rewards[name].weight}
+    named = {name: value for name, value in (proxied.values.get("rewards") or {}).items() if value is not None}
+    # The proxy's own weights: a method may give them others, and its scores should be comparable all the same.
+    weights = {name: float(value.get("weight", 1)) for name, value in named.items() if name in run.rewards}
+    trained = {name: weight for name, weight in weights.items() if weight and run.rewards[name].weight}
     if not trained:
         raise ConfigError(f"proxies.{proxy}: no reward of it is trained on; name one under `rewards`, with a weight")
     return Cell(proxy, method, seed, run, trained)

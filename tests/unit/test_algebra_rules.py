@@ -115,6 +115,8 @@ def test_only_what_needs_the_base_model_asks_for_it() -> None:
     fixed = {"transform": {"type": "log_sigmoid", "at": 1.0}, "bound": {"type": "clip", "at": 0.5}}
     assert needs_base(a_run({"rewards": {"a": fixed}})) == []
     assert needs_base(a_run({"rewards": {"a": {**fixed, "bound": {"type": "clip", "quantile": 0.5}}}})) == ["a"]
+    scaled = {"transform": {"type": "log_sigmoid", "at": 1.0, "unit": "deviation"}}
+    assert needs_base(a_run({"rewards": {"a": scaled}})) == ["a"]
     assert needs_base(a_run({"gate": {"type": "hard", "reward": "b", "quantile": 0.5}})) == ["b"]
     assert needs_base(a_run({"gate": {"type": "product", "reward": "b"}})) == ["a", "c"]
     assert needs_base(a_run({"aggregate": {"type": "wco"}})) == ["a", "b", "c"]
