@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
-from t2irl.algebra.config import Combine, Standardise, Unit
+from t2irl.algebra.config import CentredSigmoid, Combine, LogSigmoid, Standardise, Unit
+from t2irl.algebra.heads import transform
 from t2irl.algebra.rules import needs_base, transform_of
 from t2irl.config import Run
 from tests.invariants.toy import merged, toy_run
@@ -128,3 +130,13 @@ def test_rewards_that_are_compared_are_standardised_by_default() -> None:
     assert transform_of(run, "a") == Unit() and transform_of(run, "b") == Standardise()
     assert transform_of(run, "c") is None  # a factor, not compared
     assert transform_of(a_run({}), "a") is None
+
+
+def test_a_temperature_in_deviations_is_free_of_the_unit() -> None:
+    base, scores = torch.tensor([0.0, 2.0, 4.0]), torch.tensor([1.0, 5.0])
+    for kind in (LogSigmoid, CentredSigmoid):
+        how = kind(temperature=0.5, unit="deviation")
+        found = transform(how, scores, base)
+        torch.testing.assert_close(found, transform(how, scores * 100, base * 100))
+        same = kind(temperature=0.5 * (8 / 3) ** 0.5)  # the deviation of `base`
+        torch.testing.assert_close(found, transform(same, scores, base))
