@@ -2,7 +2,7 @@
 
     python scripts/build_assets.py        # 69 minutes on two cores shared with other work, tiny-dinov2 not counted
 
-Stages: tokenizer, vae, sd3 (text encoders and transformer together), clip, card, dino, artifact. Each training stage saves itself
+Stages: tokenizer, vae, decoder, sd3 (text encoders and transformer together), clip, card, dino, artifact. Each training stage saves itself
 every few hundred steps under `--work` and continues from there after an interruption; a finished stage is skipped.
 Everything is drawn from `--seed`.
 """
@@ -22,7 +22,7 @@ from shapes_models.clip import build_clip
 from shapes_models.dino import make_dino
 from shapes_models.sd3 import PLAIN_STEPS, SD3_BATCH, SD3_STEPS, SHIFT, T5_ZEROS, Policy, build_sd3
 from shapes_models.text import TEXT_WIDTH, build_tokenizer
-from shapes_models.vae import PICTURES, build_vae, draw, encode_all, training_captions
+from shapes_models.vae import PICTURES, build_vae, draw, encode_all, polish_decoder, training_captions
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
@@ -35,16 +35,22 @@ def seconds_spent(work: Path) -> float:
     """Training time of all stages together."""
     return sum(
         torch.load(f, weights_only=True)["seconds"]
-        for f in (work / f"{n}.pt" for n in ("vae", "sd3", "sd3_plain", "clip"))
+        for f in (work / f"{n}.pt" for n in ("vae", "decoder", "sd3", "sd3_plain", "clip"))
     )
 
 
 def write_prompts(folder: Path) -> None:
-    """Prompt files: lines drawn as the grammar says (four kinds, equal chance), so short kinds repeat."""
+    """Prompt files: lines drawn as the grammar says (four kinds, equal chance), so short kinds repeat.
+
+    One more has the training captions with several objects: groups of single ones are soon all right and teach nothing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, n, heldout in (("shapes_train.txt", 2048, False), ("shapes_heldout.txt", 256, True)):
         captions = sample_captions(n, np.random.default_rng(11 if heldout else 7), heldout=heldout)
         (folder / name).write_text("".join(c.text + "\n" for c in captions))
+        if not heldout:
+            several = (c.text + "\n" for c in captions if c.kind != "single")
+            (folder / "shapes_train_several.txt").write_text("".join(several))
 
 
 def null_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
@@ -173,6 +179,7 @@ def main() -> None:
     pictures = draw(training_captions(args.seed), args.seed)
     vae = build_vae(args.work, pictures, args.seed)
     latents = encode_all(args.work, vae, pictures)
+    polish_decoder(args.work, vae, pictures, args.seed)
     del pictures
     policy = build_sd3(args.work, latents, vae, tokenizer, args.seed)
     clip = build_clip(args.work, tokenizer, args.seed)

@@ -17,6 +17,9 @@ from t2irl.shapes.verify import verify
 
 PICTURES = 60_000
 VAE_STEPS, VAE_BATCH = 1_000, 64
+DECODER_STEPS = 1_000
+HARD = 4.0
+"""How much more often the decoder sees a star on gray than other pictures: low contrast and fine points."""
 
 
 def draw(captions: list[Caption], seed: int) -> Tensor:
@@ -64,15 +67,46 @@ def build_vae(work: Path, pictures: Tensor, seed: int) -> AutoencoderKL:
         prior = 5e-4 * mean.square().mean() + 1e-3 * (log_variance - 2 * math.log(spread)).square().mean()
         return error.abs().mean() + error.square().mean() + prior
 
-    def check() -> str:
-        x = pictures[:128]
-        with torch.no_grad():
-            back = vae.decode(vae.encode(to_float(x)).latent_dist.mode()).sample
-        scores = verify(back / 2 + 0.5, [c.text for c in training_captions(seed)[:128]])
-        return "vae reconstruction " + " ".join(f"{k} {v.mean():.3f}" for k, v in scores.items())
-
-    stage.run(loss_at, seed + 1, check)
+    texts = [c.text for c in training_captions(seed)[:128]]
+    stage.run(loss_at, seed + 1, lambda: reconstruction(vae, pictures[:128], texts))
     return vae.eval().requires_grad_(False)
+
+
+def polish_decoder(work: Path, vae: AutoencoderKL, pictures: Tensor, seed: int) -> None:
+    """Train the decoder on while the encoder, and so every latent, stays as it is.
+
+    What the decoder cannot draw no policy can learn: after the joint training alone four in five stars on gray come back as
+    blobs that the verifier does not take for stars, and `correct` cannot exceed 0.86. Errors are divided by the picture's
+    contrast, so that gray backgrounds, which every colour is near to, count as much as white and black ones.
+    """
+    captions = [c.text for c in training_captions(seed)[: len(pictures)]]
+    often = torch.tensor([HARD if "star" in text and "gray" in text else 1.0 for text in captions])
+    vae.requires_grad_(False).decoder.requires_grad_(True)
+    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1e-3, weight_decay=0.0)
+    stage = Stage("decoder", work, [(0, 1.0), (DECODER_STEPS, 0.0)], {"decoder": vae.decoder}, [optimizer])
+
+    def loss_at(step: int, generator: torch.Generator) -> Tensor:
+        x = to_float(pictures[torch.multinomial(often, VAE_BATCH, generator=generator)])
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                mean = vae.encoder(x).float().chunk(2, 1)[0]
+            noise = torch.randn(mean.shape, generator=generator) * torch.rand(len(x), 1, 1, 1, generator=generator)
+            decoded = vae.decoder(mean + 0.25 * noise).float()
+        weight = 1 / (x.flatten(1).std(1) + 0.05).view(-1, 1, 1, 1)
+        error = decoded - x
+        return ((error.abs() + error.square()) * weight / weight.mean()).mean()
+
+    stage.run(loss_at, seed + 2, lambda: reconstruction(vae, pictures[:512], captions[:512]))
+    vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def reconstruction(vae: AutoencoderKL, pictures: Tensor, captions: list[str]) -> str:
+    """What the verifier says of encoded and decoded pictures."""
+    parts = pictures.split(128)
+    back = torch.cat([vae.decode(vae.encode(to_float(part)).latent_dist.mode()).sample for part in parts])
+    scores = verify(back / 2 + 0.5, captions)
+    return "vae reconstruction " + " ".join(f"{k} {v.mean():.3f}" for k, v in scores.items())
 
 
 @torch.no_grad()
