@@ -1,0 +1,39 @@
+"""Schedules and packed latents of flow matching models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def flow_levels(scheduler: Any, steps: int, patches: int, device: torch.device, even: bool = False) -> Tensor:
+    """`steps` + 1 noise levels of a FlowMatchEulerDiscreteScheduler, float32: static shift, or dynamic by `patches`.
+
+    `even`: the pipeline asks for levels 1, 1 - 1 / steps, ... before the shift, not for the scheduler's own.
+    """
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    fresh, extra, c = type(scheduler).from_config(scheduler.config), {}, scheduler.config
+    if c.use_dynamic_shifting:
+        extra["mu"] = calculate_shift(patches, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+    if even:
+        extra["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+    fresh.set_timesteps(steps, device=device, **extra)
+    return fresh.sigmas.to(device, torch.float32)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h / 2 * w / 2, 4 C): each token is a square of 2 x 2 latents, channel by channel."""
+    b, c, h, w = latents.shape
+    squares = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return squares.reshape(b, h // 2 * (w // 2), 4 * c)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`, to latents of `height` x `width`."""
+    b, _, c = tokens.shape
+    squares = tokens.view(b, height // 2, width // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return squares.reshape(b, c // 4, height, width)
