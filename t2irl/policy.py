@@ -29,6 +29,8 @@ class Policy:
     def __init__(self, run: Run, family: ModelFamily, dynamics: Dynamics, reduction: Reduction):
         self.family, self.dynamics = family, dynamics
         self.reduction: Reduction = reduction
+        if not dynamics.recorded:
+            check_levels(run.rollout.dynamics.type, dynamics, family)
         self.guidance_scale = run.rollout.guidance_scale
         self.negative_prompt = run.rollout.negative_prompt
         self.tune, self.ema = run.policy.tune, run.policy.ema
@@ -176,6 +178,17 @@ class Policy:
                             f"{prefix}.{name} has shape {tuple(saved.shape)}, expected {tuple(tensor.shape)}"
                         )
                     tensor.copy_(saved)
+
+
+def check_levels(kind: str, dynamics: Dynamics, family: ModelFamily) -> None:
+    """Raise ConfigError for dynamics that would train at noise levels which the denoiser does not know."""
+    asked = float(dynamics.levels(torch.ones(1)).max())
+    if asked > family.highest_level:
+        known = int(family.highest_level * 1000) / 1000
+        raise ConfigError(
+            f"rollout.dynamics.range ends at noise level {asked:g}, but the noise of {family.config.path} ends at "
+            f"{family.highest_level:.4f}: with rollout.dynamics.type = {kind} use a range up to {known:g} at most"
+        )
 
 
 def check_targets(denoiser: torch.nn.Module, targets: Sequence[str]) -> None:

@@ -42,6 +42,7 @@ class PipelineFamily(ModelFamily):
         index = read_index(config.path, config.type, self.pipelines)
         precision = {"default": self.dtype, "vae": DTYPES[config.vae_precision]}
         self.pipe = load(config.path, index, torch_dtype=precision, **self.left_out(index))
+        self.prepare()
         check_encoders(config.path, self.pipe, self.encoders)
         check_scheduler(config.path, self.pipe.scheduler, self.schedulers, self.switched_off)
         for part in self.pipe.components.values():
@@ -68,6 +69,9 @@ class PipelineFamily(ModelFamily):
     def left_out(self, index: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of `from_pretrained` for parts that are not loaded."""
         return {name: None for name in self.unused if name in index}
+
+    def prepare(self) -> None:
+        """Change the pipeline before it is checked and used."""
 
     def pack(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) in the layout that the stock pipeline takes and gives."""
@@ -186,7 +190,12 @@ class PipelineFamily(ModelFamily):
         """For the class of the folder's pipeline."""
         whole, loader, dtype = trained.is_dir(), type(self.pipe).__name__, f"torch_dtype={self.dtype}"
         denoiser, size = type(self.denoiser).__name__, self.config.resolution
-        lines = ["import torch", f"from diffusers import {f'{denoiser}, ' * whole}{loader}", *self.snippet_imports(), ""]
+        lines = [
+            "import torch",
+            f"from diffusers import {f'{denoiser}, ' * whole}{loader}",
+            *self.snippet_imports(),
+            "",
+        ]
         if whole:
             lines += [f"{self.part} = {denoiser}.from_pretrained({str(trained)!r}, {dtype})"]
         missing = (name for name in self._tellable() if self.pipe.components[name] is None)
@@ -205,3 +214,8 @@ class PipelineFamily(ModelFamily):
     def _tellable(self) -> list[str]:
         """Parts of which `from_pretrained` must be told that they are not there: text encoders and tokenizers."""
         return [*self.encoders, *self.encoders.values()]
+
+
+def unwanted(guidance: float, negative: str) -> dict[str, str]:
+    """The stock pipelines' argument for the unconditional branch, if there is one."""
+    return {} if guidance == 1 else {"negative_prompt": negative}
