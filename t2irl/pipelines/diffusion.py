@@ -98,7 +98,7 @@ class DiffusionFamily(PipelineFamily):
         """Those of the scheduler's timesteps, and of what it takes for the end: 0, or the first timestep's."""
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
         scheduler.set_timesteps(steps, device=self.device)
-        if type(scheduler).__name__ == "EulerDiscreteScheduler":
+        if self._euler:
             ratios = scheduler.sigmas.cpu()
             return (ratios / (1 + ratios)).to(self.device, torch.float32)
         end = level_of(scheduler.final_alpha_cumprod.cpu().view(1)).to(self.device)
@@ -106,14 +106,16 @@ class DiffusionFamily(PipelineFamily):
 
     def start(self, noise: Tensor, t: Tensor) -> Tensor:
         """Noise as the scheduler scales it: with the variance of a noised picture, or of the noise in it alone."""
-        alone = self.pipe.scheduler.config.timestep_spacing != "leading"
-        if type(self.pipe.scheduler).__name__ == "EulerDiscreteScheduler" and alone:
-            return noise * t
-        return noise * (t**2 + (1 - t) ** 2).sqrt()
+        alone = self._euler and self.pipe.scheduler.config.timestep_spacing != "leading"
+        return noise * (t if alone else (t**2 + (1 - t) ** 2).sqrt())
 
     def finish(self, latents: Tensor, t: Tensor) -> Tensor:
-        """In the scale of the variance-preserving state, which the stock pipeline decodes."""
-        return latents / (t**2 + (1 - t) ** 2).sqrt()
+        """As the scheduler hands it to the image decoder: DDIM the variance-preserving state, Euler x0 plus what noise is left."""
+        return latents / (1 - t if self._euler else (t**2 + (1 - t) ** 2).sqrt())
+
+    @property
+    def _euler(self) -> bool:
+        return type(self.pipe.scheduler).__name__ == "EulerDiscreteScheduler"
 
     def snippet_setup(self) -> list[str]:
         """The scheduler that the model was trained with."""

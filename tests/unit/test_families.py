@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor
 
+from t2irl.errors import ConfigError
 from t2irl.policy import Policy
 from t2irl.rollout import Noise, rollout
 from t2irl.types import PromptGroups
@@ -90,3 +91,114 @@ def test_rollout_is_the_stock_pipelines(
     changed = {**arguments, **guided(name, guidance, PROMPTS[1])}
     other = drawer.family.unpack(pipe(PROMPTS[0], output_type="latent", **changed).images)
     assert torch.equal(other, theirs) == (guidance == 1)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_a_batch_of_prompts_is_the_stock_pipelines(tiny_folder: Folder, name: str) -> None:
+    """Prompts of different lengths, one of them twice; the unconditional branch is one for all."""
+    folder = tiny_folder(name)
+    drawer, pipe = policy(folder, name, 3.0), stock(folder, name)
+    groups = PromptGroups.of(PROMPTS, [0, 1, 1], [0, 0, 1])
+    latents, final, _ = sample(drawer, groups)
+    theirs = pipe(
+        groups.texts, latents=drawer.family.pack(latents), num_inference_steps=STEPS, height=16, width=16,
+        output_type="latent", **guided(name, 3.0, UNWANTED, len(groups)),
+    ).images  # fmt: skip
+    assert_near(final, drawer.family.unpack(theirs))
+    assert float((final[1] - final[2]).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_pictures_survive_the_image_encoder_and_each_prompt_is_encoded_once(tiny_folder: Folder, name: str) -> None:
+    """The encoder's latents are in the decoder's scale: one more round changes far less than another scale would."""
+    family = policy(tiny_folder(name), name).family
+    latents = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(family.from_vae(family.to_vae(latents)), latents, rtol=1e-4, atol=1e-5)
+        encoded = family.encode_images(family.decode(latents))
+    assert encoded.shape == latents.shape
+    assert encoded.dtype == torch.float32
+    family.work.clear()
+    both = family.text([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
+    assert family.work["encoded_prompts"] == 2
+    assert torch.equal(both.tokens[0], both.tokens[2])
+    again = family.text([PROMPTS[1], PROMPTS[0]])
+    assert family.work["encoded_prompts"] == 2
+    assert torch.equal(again.tokens, both.tokens[[1, 0]])
+    if both.mask is not None:
+        assert both.mask.sum(1).tolist() == again.mask.sum(1).tolist()[::-1] + both.mask[2:].sum(1).tolist()
+        short = family.text([PROMPTS[0]])
+        assert short.tokens.shape[1] == int(both.mask[0].sum()) < both.tokens.shape[1]
+        assert not both.tokens[0, short.tokens.shape[1] :].any()
+
+
+SCHEDULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim to 0": ("sd21", {"set_alpha_to_one": True}),
+    "ddim of noise": ("sd21", {"prediction_type": "epsilon"}),
+    "ddim trailing": ("sd21", {"timestep_spacing": "trailing"}),
+    "ddim from pure noise": ("sd21", {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}),
+    "v with pndm": ("sd15", {"prediction_type": "v_prediction"}),
+    "euler trailing": ("sdxl", {"timestep_spacing": "trailing"}),
+    "euler linspace": ("sdxl", {"timestep_spacing": "linspace"}),
+    "euler of v": ("sdxl", {"prediction_type": "v_prediction"}),
+    "euler to the first": ("sdxl", {"final_sigmas_type": "sigma_min"}),
+}
+
+
+@pytest.mark.parametrize("case", SCHEDULES)
+def test_schedules_of_discrete_timesteps(tiny_folder: Folder, case: str) -> None:
+    """Spacing, end, prediction: final latents are the stock pipeline's; 5 steps, so that linspace has fractions."""
+    name, changes = SCHEDULES[case]
+    folder = tiny_folder(name, **changes)
+    drawer, pipe = policy(folder, name, 2.0), stock(folder, name)
+    latents, final, _ = sample(drawer, PromptGroups.of(PROMPTS, [0], [0]), 5)
+    theirs = pipe(
+        PROMPTS[0], latents=latents, num_inference_steps=5, output_type="latent", **guided(name, 2.0, UNWANTED)
+    ).images
+    levels = drawer.family.levels(5)
+    assert bool((levels.diff() < 0).all())
+    assert (levels[0] == 1) == (case == "ddim from pure noise")
+    assert (levels[-1] == 0) == ((name == "sdxl" and case != "euler to the first") or case == "ddim to 0")
+    assert_near(final, theirs)
+
+
+def test_timesteps_of_the_schedule_are_whole(tiny_folder: Folder) -> None:
+    """Each of the 1000 levels gives its own timestep to the bit; between two it lies between."""
+    for name in ("sd15", "sd21", "sdxl"):
+        family = policy(tiny_folder(name), name).family
+        assert torch.equal(family.timestep(family.table), torch.arange(1000.0))
+        between = family.timestep((family.table[1:] + family.table[:-1]) / 2) - torch.arange(999.0)
+        assert bool(((between > 0.2) & (between < 0.8)).all())
+        assert family.highest_level == float(family.table[-1]) == pytest.approx(0.936, abs=1e-3)
+
+
+def test_an_empty_negative_prompt_of_sdxl_is_zeros(tiny_folder: Folder) -> None:
+    """As a call of the stock pipeline without one."""
+    folder = tiny_folder("sdxl")
+    drawer, pipe = policy(folder, "sdxl", 3.0, negative=""), stock(folder, "sdxl")
+    latents, final, _ = sample(drawer, PromptGroups.of(PROMPTS, [0], [0]))
+    common = {"latents": latents, "num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"}
+    assert_near(final, pipe(PROMPTS[0], **common).images)
+    assert float((final - pipe(PROMPTS[0], negative_prompt="", **common).images).abs().max()) > 1e-2
+
+
+def test_the_instruction_of_qwen_image_is_dropped(tiny_folder: Folder) -> None:
+    """Tokens are the prompt's and the end of the conversation; the 34 of the instruction are not there."""
+    family = policy(tiny_folder("qwen_image"), "qwen_image").family
+    pipe = family.pipe
+    whole = pipe.tokenizer(pipe.prompt_template_encode.format(PROMPTS[0]), return_tensors="pt").input_ids
+    text = family.text([PROMPTS[0]])
+    assert text.tokens.shape[1] == whole.shape[1] - 34
+    cut = policy(tiny_folder("qwen_image"), "qwen_image", max_sequence_length=5).family.text([PROMPTS[0]])
+    assert torch.equal(cut.tokens, text.tokens[:, :5])
+
+
+def test_two_kinds_of_guidance_of_flux(tiny_folder: Folder) -> None:
+    """The embedded one is an input of dev and refused for schnell; the other is classifier-free."""
+    folder = tiny_folder("flux_dev")
+    groups = PromptGroups.of(PROMPTS, [0], [0])
+    final = {g: sample(policy(folder, "flux_dev", embedded_guidance=g), groups)[1] for g in (None, 2.5, 3.5)}
+    assert torch.equal(final[None], final[3.5])
+    assert float((final[2.5] - final[3.5]).abs().max()) > 1e-3
+    with pytest.raises(ConfigError, match=r"model\.embedded_guidance = 2\.5: .* takes no guidance as input"):
+        policy(tiny_folder("flux_schnell"), "flux_schnell", embedded_guidance=2.5)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2irl.pipelines import family as pipelines
 from t2irl.models.base import ModelFamily
 from t2irl.models.sd3 import SD3
+from t2irl.pipelines import family as pipelines
 from t2irl.types import TextEmbeds
 from tests.invariants.toy import a_batch, toy_parts, toy_run
 
