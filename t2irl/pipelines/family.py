@@ -130,7 +130,8 @@ class PipelineFamily(ModelFamily):
         One prompt at a time: what a prompt gives must not depend, in the last bit, on the prompts that come with it, or a
         resumed run, whose cache is empty, would not repeat the run that was stopped.
         """
-        return TextEmbeds.cat([self.encode_prompts([p]) for p in prompts])
+        with quiet(hints=False):  # the stock code says of every long prompt, each time, that it was cut
+            return TextEmbeds.cat([self.encode_prompts([p]) for p in prompts])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [0, 1]."""
@@ -177,12 +178,13 @@ class PipelineFamily(ModelFamily):
                 pipe.load_lora_weights(trained.parent, weight_name=trained.name)
         pipe.set_progress_bar_config(disable=True)
         pixels = latents.shape[-1] * pipe.vae_scale_factor
-        final = pipe(
-            **self.call_arguments(pipe, prompt, guidance, negative), height=pixels, width=pixels,
-            latents=self.pack(latents.to(self.device, self.dtype)), num_inference_steps=steps,
-            # The stock pipeline cannot feed latents of one dtype to a decoder of another.
-            output_type="latent",
-        ).images  # fmt: skip
+        with quiet(hints=False):
+            final = pipe(
+                **self.call_arguments(pipe, prompt, guidance, negative), height=pixels, width=pixels,
+                latents=self.pack(latents.to(self.device, self.dtype)), num_inference_steps=steps,
+                # The stock pipeline cannot feed latents of one dtype to a decoder of another.
+                output_type="latent",
+            ).images  # fmt: skip
         with torch.no_grad():
             return self.decode(self.unpack(final.float()))[0].cpu()
 
