@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from scripts.tiny_models.flux import make_flux
+from scripts.tiny_models.flux2 import make_flux2_klein
 from scripts.tiny_models.qwen_image import make_qwen_image
 from scripts.tiny_models.sd3 import make_sd3
 from scripts.tiny_models.unet import make_sd, make_sdxl
+from scripts.tiny_models.z_image import make_z_image
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,6 @@ class Case:
 
 
 FLUX = {"type": "flux", "max_sequence_length": 12, "resolution": 16}
-QWEN = {"type": "qwen_image", "resolution": 16}
 CASES = {
     "sd3": Case(make_sd3, {"type": "sd3", "max_sequence_length": 12}, {"t5": True}),
     "flux_dev": Case(make_flux, {**FLUX, "embedded_guidance": 2.5}),
@@ -34,5 +35,7 @@ CASES = {
     "sd15": Case(make_sd, {"type": "sd"}),
     "sd21": Case(make_sd, {"type": "sd"}, {"version": "2.1"}),
     "sdxl": Case(make_sdxl, {"type": "sdxl"}),
-    "qwen_image": Case(make_qwen_image, QWEN),
+    "qwen_image": Case(make_qwen_image, {"type": "qwen_image", "resolution": 16}),
+    "z_image": Case(make_z_image, {"type": "z_image", "resolution": 16}),
+    "flux2_klein": Case(make_flux2_klein, {"type": "flux2_klein", "max_sequence_length": 24, "resolution": 16}),
 }

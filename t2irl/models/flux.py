@@ -12,7 +12,7 @@ from torch import Tensor
 from t2irl.errors import ConfigError
 from t2irl.models.base import Sizes
 from t2irl.pipelines.family import PipelineFamily, unwanted
-from t2irl.pipelines.flow import flow_levels, pack, unpack
+from t2irl.pipelines.flow import even, flow_levels, pack, unpack
 from t2irl.pipelines.loading import vae_scale
 from t2irl.types import TextEmbeds
 
@@ -79,7 +79,7 @@ class Flux(PipelineFamily):
 
     def levels(self, steps: int) -> Tensor:
         """Even levels, shifted by the size of the picture (dev) or not at all (schnell)."""
-        return flow_levels(self.pipe.scheduler, steps, (self.latent_shape[1] // 2) ** 2, self.device, even=True)
+        return flow_levels(self.pipe.scheduler, steps, (self.latent_shape[1] // 2) ** 2, self.device, even(steps))
 
     def pack(self, latents: Tensor) -> Tensor:
         """Squares of 2 x 2."""

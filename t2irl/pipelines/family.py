@@ -66,6 +66,11 @@ class PipelineFamily(ModelFamily):
         """Arguments that tell the stock pipeline its prompts and its guidance."""
         raise NotImplementedError
 
+    @property
+    def pixels_per_latent(self) -> int:
+        """Along a side."""
+        return self.pipe.vae_scale_factor
+
     def left_out(self, index: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of `from_pretrained` for parts that are not loaded."""
         return {name: None for name in self.unused if name in index}
@@ -110,12 +115,12 @@ class PipelineFamily(ModelFamily):
     def snippet_text(self, prompt: str, guidance: float, negative: str) -> list[str]:
         """The arguments of `call_arguments` as Python."""
         arguments = self.call_arguments(self.pipe, prompt, guidance, negative)
-        return [repr(arguments.pop("prompt")), *(f"{name}={value!r}" for name, value in arguments.items())]
+        return [f"{name}={value!r}" for name, value in arguments.items()]
 
     # --------------------------------------------------------------------------------------------------- what follows of it
     def _latent_shape(self) -> tuple[int, int, int]:
         channels, default, unit, largest = self.size_rule()
-        pixels, scale = self.config.resolution or default, self.pipe.vae_scale_factor
+        pixels, scale = self.config.resolution or default, self.pixels_per_latent
         if pixels % unit or (largest is not None and pixels > largest):
             near = max(round(pixels / unit), 1) * unit
             limit = "" if largest is None else f" and at most {largest}"
@@ -135,7 +140,7 @@ class PipelineFamily(ModelFamily):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [0, 1]."""
-        pixels = (latents.shape[-1] * self.pipe.vae_scale_factor) ** 2
+        pixels = (latents.shape[-1] * self.pixels_per_latent) ** 2
         latents = self.to_vae(latents).to(self.pipe.vae.dtype)
         parts = [self.vae_decode(x).float() for x in latents.split(max(PIXELS_AT_ONCE // pixels, 1))]
         return torch.cat(parts).mul(0.5).add(0.5).clamp(0, 1)
@@ -177,7 +182,7 @@ class PipelineFamily(ModelFamily):
             if trained is not None and not whole:
                 pipe.load_lora_weights(trained.parent, weight_name=trained.name)
         pipe.set_progress_bar_config(disable=True)
-        pixels = latents.shape[-1] * pipe.vae_scale_factor
+        pixels = latents.shape[-1] * self.pixels_per_latent
         with quiet(hints=False):
             final = pipe(
                 **self.call_arguments(pipe, prompt, guidance, negative), height=pixels, width=pixels,

@@ -9,20 +9,32 @@ import torch
 from torch import Tensor
 
 
-def flow_levels(scheduler: Any, steps: int, patches: int, device: torch.device, even: bool = False) -> Tensor:
+def flow_levels(
+    scheduler: Any, steps: int, patches: int, device: torch.device, asked: Any = None, mu: float | None = None
+) -> Tensor:
     """`steps` + 1 noise levels of a FlowMatchEulerDiscreteScheduler, float32: static shift, or dynamic by `patches`.
 
-    `even`: the pipeline asks for levels 1, 1 - 1 / steps, ... before the shift, not for the scheduler's own.
+    `asked`: the levels that the pipeline asks for, before the shift (None: the scheduler's own). `mu`: its own amount of
+    dynamic shift.
     """
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     fresh, extra, c = type(scheduler).from_config(scheduler.config), {}, scheduler.config
     if c.use_dynamic_shifting:
-        extra["mu"] = calculate_shift(patches, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
-    if even:
-        extra["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        extra["mu"] = (
+            mu
+            if mu is not None
+            else calculate_shift(patches, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+        )
+    if asked is not None:
+        extra["sigmas"] = asked
     fresh.set_timesteps(steps, device=device, **extra)
     return fresh.sigmas.to(device, torch.float32)
+
+
+def even(steps: int) -> np.ndarray:
+    """1, 1 - 1 / steps, ..., 1 / steps."""
+    return np.linspace(1.0, 1 / steps, steps)
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -80,22 +80,24 @@ def check_scheduler(path: Path, scheduler: Any, known: Sequence[str], off: Seque
 def quiet(hints: bool = True) -> Iterator[None]:
     """No loading bars of diffusers and transformers, which would break into the run's own progress display.
 
-    Without `hints` diffusers does not say either that a LoRA holds nothing for the text encoders.
+    Without `hints` they do not say either that a LoRA holds nothing for the text encoders, or that a prompt is long.
     """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    shown, verbosity = transformers_logging.is_progress_bar_enabled(), diffusers_logging.get_verbosity()
+    shown, both = transformers_logging.is_progress_bar_enabled(), (diffusers_logging, transformers_logging)
+    verbosity = [logging.get_verbosity() for logging in both]
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    if not hints:
-        diffusers_logging.set_verbosity_error()
+    for logging in both if not hints else ():
+        logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions say dtype, older ones know torch_dtype only
             yield
     finally:
-        diffusers_logging.set_verbosity(verbosity)
+        for logging, level in zip(both, verbosity, strict=True):
+            logging.set_verbosity(level)
         if shown:
             diffusers_logging.enable_progress_bar()
             transformers_logging.enable_progress_bar()

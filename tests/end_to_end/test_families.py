@@ -88,7 +88,7 @@ def test_the_lora_in_a_fresh_process_is_the_trained_policy(exported: dict[str, P
     )
     assert difference(drawn, ours) < 1e-3
     assert float((drawn - base).abs().mean()) > 30 * float((drawn - ours).abs().mean())
-    assert difference(drawn, base) > 0.03
+    assert difference(drawn, base) > 0.01
 
 
 @pytest.mark.parametrize(

@@ -41,14 +41,20 @@ def stock(folder: Path, name: str) -> Any:
     return pipe
 
 
-def guided(name: str, guidance: float, negative: str, count: int = 1) -> dict[str, Any]:
+def guided(pipe: Any, name: str, guidance: float, negative: str, count: int = 1) -> dict[str, Any]:
     """The stock pipeline's arguments for classifier-free guidance, written out for each family."""
     unwanted = {} if guidance == 1 else {"negative_prompt": [negative] * count if count > 1 else negative}
-    if name.startswith("flux"):
+    if name.startswith("flux_"):
         dev = {"guidance_scale": 2.5} if name == "flux_dev" else {}
         return {"true_cfg_scale": guidance, "max_sequence_length": 12, **dev, **unwanted}
     if name == "qwen_image":
         return {"true_cfg_scale": guidance, **unwanted}
+    if name == "z_image":
+        return {"guidance_scale": guidance - 1, **unwanted}
+    if name == "flux2_klein":
+        embeds = pipe.encode_prompt([negative] * count, max_sequence_length=24)[0]
+        unwanted = {"negative_prompt_embeds": embeds} if unwanted else {}
+        return {"guidance_scale": guidance, "max_sequence_length": 24, **unwanted}
     return {"guidance_scale": guidance, **unwanted}
 
 
@@ -79,17 +85,17 @@ def test_rollout_is_the_stock_pipelines(
     size = resolution or 16
     arguments = {
         "latents": drawer.family.pack(latents), "num_inference_steps": STEPS, "height": size, "width": size,
-        **guided(name, guidance, UNWANTED),
+        **guided(pipe, name, guidance, UNWANTED),
     }  # fmt: skip
-    theirs = drawer.family.unpack(pipe(PROMPTS[0], output_type="latent", **arguments).images)
+    theirs = drawer.family.unpack(pipe(prompt=PROMPTS[0], output_type="latent", **arguments).images)
     assert final.shape == theirs.shape
     assert_near(final, theirs)
-    picture = pipe(PROMPTS[0], output_type="pt", **arguments).images[0]
+    picture = pipe(prompt=PROMPTS[0], output_type="pt", **arguments).images[0]
     torch.testing.assert_close(drawer.family.decode(final)[0], picture, rtol=0, atol=1e-5)
     assert images.shape == (1, 3, size, size)
     assert float(picture.std()) > 0.01
-    changed = {**arguments, **guided(name, guidance, PROMPTS[1])}
-    other = drawer.family.unpack(pipe(PROMPTS[0], output_type="latent", **changed).images)
+    changed = {**arguments, **guided(pipe, name, guidance, PROMPTS[1])}
+    other = drawer.family.unpack(pipe(prompt=PROMPTS[0], output_type="latent", **changed).images)
     assert torch.equal(other, theirs) == (guidance == 1)
 
 
@@ -101,8 +107,8 @@ def test_a_batch_of_prompts_is_the_stock_pipelines(tiny_folder: Folder, name: st
     groups = PromptGroups.of(PROMPTS, [0, 1, 1], [0, 0, 1])
     latents, final, _ = sample(drawer, groups)
     theirs = pipe(
-        groups.texts, latents=drawer.family.pack(latents), num_inference_steps=STEPS, height=16, width=16,
-        output_type="latent", **guided(name, 3.0, UNWANTED, len(groups)),
+        prompt=groups.texts, latents=drawer.family.pack(latents), num_inference_steps=STEPS, height=16, width=16,
+        output_type="latent", **guided(pipe, name, 3.0, UNWANTED, len(groups)),
     ).images  # fmt: skip
     assert_near(final, drawer.family.unpack(theirs))
     assert float((final[1] - final[2]).abs().max()) > 0.1
@@ -153,7 +159,11 @@ def test_schedules_of_discrete_timesteps(tiny_folder: Folder, case: str) -> None
     drawer, pipe = policy(folder, name, 2.0), stock(folder, name)
     latents, final, _ = sample(drawer, PromptGroups.of(PROMPTS, [0], [0]), 5)
     theirs = pipe(
-        PROMPTS[0], latents=latents, num_inference_steps=5, output_type="latent", **guided(name, 2.0, UNWANTED)
+        prompt=PROMPTS[0],
+        latents=latents,
+        num_inference_steps=5,
+        output_type="latent",
+        **guided(pipe, name, 2.0, UNWANTED),
     ).images
     levels = drawer.family.levels(5)
     assert bool((levels.diff() < 0).all())
@@ -178,8 +188,8 @@ def test_an_empty_negative_prompt_of_sdxl_is_zeros(tiny_folder: Folder) -> None:
     drawer, pipe = policy(folder, "sdxl", 3.0, negative=""), stock(folder, "sdxl")
     latents, final, _ = sample(drawer, PromptGroups.of(PROMPTS, [0], [0]))
     common = {"latents": latents, "num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"}
-    assert_near(final, pipe(PROMPTS[0], **common).images)
-    assert float((final - pipe(PROMPTS[0], negative_prompt="", **common).images).abs().max()) > 1e-2
+    assert_near(final, pipe(prompt=PROMPTS[0], **common).images)
+    assert float((final - pipe(prompt=PROMPTS[0], negative_prompt="", **common).images).abs().max()) > 1e-2
 
 
 def test_the_instruction_of_qwen_image_is_dropped(tiny_folder: Folder) -> None:
