@@ -25,7 +25,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 ACTIVATION_BYTES = {("lora", 4): 56, ("lora", 2): 41, ("full", 4): 99, ("full", 2): 57}
 """(tuning, bytes of the precision) -> bytes kept for the backward pass per token, channel and layer, as measured on
-SD3Transformer2DModel. Second attention blocks, as SD3.5 medium has, are not in it."""
+SD3Transformer2DModel. Second attention blocks, as SD3.5 medium has, are not in it. With LoRA in bf16 FLUX.1 has 37, FLUX.2 klein
+43, Qwen-Image 41; families whose layers keep more, or are no transformer's, say so in their `sizes`."""
 HEADER_LIMIT = 100 << 20
 """safetensors allows no longer header."""
 
