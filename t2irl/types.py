@@ -62,7 +62,8 @@ class TextEmbeds:
     mask: Tensor | None = None
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> TextEmbeds:
-        return TextEmbeds(*(None if x is None else function(x) for x in (self.tokens, self.pooled, self.mask)))
+        mask = None if self.mask is None else function(self.mask)
+        return TextEmbeds(function(self.tokens), function(self.pooled), mask)
 
     def __getitem__(self, rows: Any) -> TextEmbeds:
         return self._each(lambda x: x[rows])
