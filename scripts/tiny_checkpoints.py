@@ -13,6 +13,7 @@ from pathlib import Path
 from tiny_models.flux import make_flux
 from tiny_models.flux2 import make_flux2_klein
 from tiny_models.qwen_image import make_qwen_image
+from tiny_models.sana import make_sana
 from tiny_models.sd3 import make_sd3
 from tiny_models.unet import make_sd, make_sdxl
 from tiny_models.z_image import make_z_image
@@ -26,6 +27,7 @@ MAKERS = {
     "flux2_klein": partial(make_flux2_klein, distilled=True),
     "qwen_image": make_qwen_image,
     "z_image": make_z_image,
+    "sana": make_sana,
     "sdxl": make_sdxl,
     "sd15": make_sd,
     "sd21": partial(make_sd, version="2.1"),

@@ -71,7 +71,7 @@ class Policy:
     def velocity(self, latents: Tensor, t: Tensor, text: TextEmbeds, guidance: float | None = None) -> Tensor:
         """Guided velocity, float32. Guidance defaults to the rollout's, so that rollout and update cannot differ."""
         scale = self.guidance_scale if guidance is None else guidance
-        null = self.text([self.negative_prompt]) if scale != 1 else None
+        null = self.family.null(self.negative_prompt) if scale != 1 else None
         return self.family.velocity(latents, t, text, null, scale)
 
     def predict(self, batch: MicroBatch) -> Prediction:

@@ -139,6 +139,10 @@ class ModelFamily:
         """Python that draws a picture with an exported file or folder."""
         raise NotImplementedError
 
+    def null(self, negative: str) -> TextEmbeds:
+        """The unconditional branch's text, one row on `device`."""
+        return self.text([negative])
+
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> TextEmbeds:
         """Rows for `prompts` on `device`; a prompt met before comes from the cache."""

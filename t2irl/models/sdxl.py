@@ -27,12 +27,16 @@ class SDXL(DiffusionFamily):
     unused = ("image_encoder", "feature_extractor")
 
     def encode_prompts(self, prompts: list[str]) -> TextEmbeds:
-        """Tokens and pooled vector; zeros for an empty text if the folder says so."""
+        """Tokens and pooled vector."""
         tokens, _, pooled, _ = self.pipe.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
-        if self.pipe.config.force_zeros_for_empty_prompt:
-            empty = torch.tensor([not p for p in prompts], device=self.device)
-            tokens, pooled = tokens.masked_fill(empty.view(-1, 1, 1), 0), pooled.masked_fill(empty.view(-1, 1), 0)
         return TextEmbeds(tokens, pooled)
+
+    def null(self, negative: str) -> TextEmbeds:
+        """Zeros for an empty text if the folder says so."""
+        text = super().null(negative)
+        if negative or not self.pipe.config.force_zeros_for_empty_prompt:
+            return text
+        return TextEmbeds(torch.zeros_like(text.tokens), torch.zeros_like(text.pooled))
 
     def conditions(self, text: TextEmbeds) -> dict[str, Any]:
         """Pooled text; original size, crop and target size as in a call of the stock pipeline without these."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from t2irl.errors import ConfigError
@@ -22,6 +22,8 @@ Folder = Callable[..., Path]
 PROMPTS = ("a red circle", "a large blue square on the night sky")
 UNWANTED = "two green triangles"
 STEPS = 4
+SIDE = {"sana": 32}
+"""Of a picture, if not 16."""
 NEW = [name for name in CASES if name != "sd3"]
 
 
@@ -33,10 +35,12 @@ def policy(folder: Path, name: str, guidance: float = 1.0, negative: str = UNWAN
 
 
 def stock(folder: Path, name: str) -> Any:
-    """The pipeline as anyone loads it; Stable Diffusion 1.5 with the DDIM scheduler for its own multistep one."""
+    """The pipeline as anyone loads it; Stable Diffusion 1.5 and Sana with a scheduler of single steps for their own."""
     pipe = DiffusionPipeline.from_pretrained(folder)
     if name == "sd15":
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    if name == "sana":
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipe.scheduler.config.flow_shift)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -49,6 +53,8 @@ def guided(pipe: Any, name: str, guidance: float, negative: str, count: int = 1)
         return {"true_cfg_scale": guidance, "max_sequence_length": 12, **dev, **unwanted}
     if name == "qwen_image":
         return {"true_cfg_scale": guidance, **unwanted}
+    if name == "sana":
+        return {"guidance_scale": guidance, "max_sequence_length": 24, "use_resolution_binning": False, **unwanted}
     if name == "z_image":
         return {"guidance_scale": guidance - 1, **unwanted}
     if name == "flux2_klein":
@@ -71,18 +77,13 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("resolution", [None, 24])
+@pytest.mark.parametrize("other_size", [False, True])
 @pytest.mark.parametrize("name", NEW)
-def test_rollout_is_the_stock_pipelines(
-    tiny_folder: Folder, name: str, resolution: int | None, guidance: float
-) -> None:
+def test_rollout_is_the_stock_pipelines(tiny_folder: Folder, name: str, other_size: bool, guidance: float) -> None:
     folder = tiny_folder(name)
-    drawer, pipe = (
-        policy(folder, name, guidance, **({"resolution": resolution} if resolution else {})),
-        stock(folder, name),
-    )
+    size = SIDE.get(name, 16) * (2 if other_size else 1)
+    drawer, pipe = policy(folder, name, guidance, resolution=size), stock(folder, name)
     latents, final, images = sample(drawer, PromptGroups.of(PROMPTS, [0], [0]))
-    size = resolution or 16
     arguments = {
         "latents": drawer.family.pack(latents), "num_inference_steps": STEPS, "height": size, "width": size,
         **guided(pipe, name, guidance, UNWANTED),
@@ -107,7 +108,7 @@ def test_a_batch_of_prompts_is_the_stock_pipelines(tiny_folder: Folder, name: st
     groups = PromptGroups.of(PROMPTS, [0, 1, 1], [0, 0, 1])
     latents, final, _ = sample(drawer, groups)
     theirs = pipe(
-        prompt=groups.texts, latents=drawer.family.pack(latents), num_inference_steps=STEPS, height=16, width=16,
+        prompt=groups.texts, latents=drawer.family.pack(latents), num_inference_steps=STEPS, height=SIDE.get(name, 16), width=SIDE.get(name, 16),
         output_type="latent", **guided(pipe, name, 3.0, UNWANTED, len(groups)),
     ).images  # fmt: skip
     assert_near(final, drawer.family.unpack(theirs))
