@@ -36,6 +36,10 @@ class Sana(PipelineFamily):
     pipelines = ("SanaPipeline",)
     encoders = {"text_encoder": "tokenizer"}
 
+    def __init__(self, config: Any, device: torch.device):
+        super().__init__(config, device)
+        self._nulls: dict[str, TextEmbeds] = {}
+
     def prepare(self) -> None:
         """Put the Euler scheduler in the place of a multistep one for flows."""
         from diffusers import FlowMatchEulerDiscreteScheduler
@@ -68,10 +72,6 @@ class Sana(PipelineFamily):
             )
             self._nulls[negative] = TextEmbeds(tokens, tokens.new_empty(1, 0), mask.bool()).trimmed()
         return self._nulls[negative]
-
-    def __init__(self, config: Any, device: torch.device):
-        super().__init__(config, device)
-        self._nulls: dict[str, TextEmbeds] = {}
 
     def denoise(self, latents: Tensor, t: Tensor, text: TextEmbeds) -> Tensor:
         """Velocity."""

@@ -50,6 +50,10 @@ class DiffusionFamily(PipelineFamily):
             raise DataError(
                 f"{where}: rescale_betas_zero_snr leaves nothing to predict noise from at the first timestep; set it to false"
             )
+        if self.denoiser.config.time_cond_proj_dim is not None:
+            raise DataError(
+                f"model.path = {config.path}: the U-Net reads a guidance scale (a latent consistency model), which is not supported"
+            )
         # On the CPU, as the scheduler does it: its levels must be found in the table to the bit.
         self.table = level_of(scheduler.alphas_cumprod.cpu()).to(device)
         self.highest_level = float(self.table[-1])

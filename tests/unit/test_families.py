@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from t2irl.check import read_folder
 from t2irl.errors import ConfigError
 from t2irl.policy import Policy
 from t2irl.rollout import Noise, rollout
@@ -122,13 +123,19 @@ def test_pictures_survive_the_image_encoder_and_each_prompt_is_encoded_once(tiny
     latents = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(family.from_vae(family.to_vae(latents)), latents, rtol=1e-4, atol=1e-5)
-        encoded = family.encode_images(family.decode(latents))
+        pictures = family.decode(latents)
+        encoded = family.encode_images(pictures)
+    networks = {part: network.config for part, network in read_folder(family.config.path).networks.items()}
+    sizes = type(family).sizes(family.config, networks)  # what `check` is told
+    assert sizes is not None
+    assert (sizes.latent, sizes.pixels) == (latents[0].numel(), pictures[0].numel())
     assert encoded.shape == latents.shape
     assert encoded.dtype == torch.float32
     family.work.clear()
     both = family.text([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
     assert family.work["encoded_prompts"] == 2
     assert torch.equal(both.tokens[0], both.tokens[2])
+    assert sizes.text >= both.tokens[0].numel()
     again = family.text([PROMPTS[1], PROMPTS[0]])
     assert family.work["encoded_prompts"] == 2
     assert torch.equal(again.tokens, both.tokens[[1, 0]])
