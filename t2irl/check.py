@@ -25,7 +25,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 ACTIVATION_BYTES = {("lora", 4): 56, ("lora", 2): 41, ("full", 4): 99, ("full", 2): 57}
 """(tuning, bytes of the precision) -> bytes kept for the backward pass per token, channel and layer, as measured on
-SD3Transformer2DModel. Second attention blocks, as SD3.5 medium has, are not in it."""
+SD3Transformer2DModel. Second attention blocks, as SD3.5 medium has, are not in it. With LoRA in bf16 FLUX.1 has 37, FLUX.2 klein
+43, Qwen-Image 41; families whose layers keep more, or are no transformer's, say so in their `sizes`."""
 HEADER_LIMIT = 100 << 20
 """safetensors allows no longer header."""
 
@@ -144,52 +145,20 @@ def trained_size(run: Run, folder: Folder) -> int | None:
     return adapter_size(shapes, tune, tuple(tune.targets or registry.find("models", run.model.type).lora_targets))
 
 
-@dataclass(frozen=True)
-class Tensors:
-    """Sizes of one image's tensors, from the config files of the SD3 layout."""
-
-    latent: int
-    """Elements of one image's latents."""
-    pixels: int
-    """Elements of one RGB image."""
-    text: int
-    """Elements of one encoded prompt."""
-    tokens: int
-    """Image and text tokens of one denoiser row."""
-    width: int
-    """Channels of a token."""
-    layers: int
-
-    @classmethod
-    def of(cls, run: Run, folder: Folder) -> Tensors | None:
-        """None for a folder that is laid out otherwise."""
-        denoiser, vae = folder.networks[folder.denoiser].config, folder.networks.get("vae")
-        needed = ("sample_size", "patch_size", "in_channels", "num_layers", "num_attention_heads", "attention_head_dim")
-        wanted = (*needed, "joint_attention_dim", "pooled_projection_dim")
-        if vae is None or not isinstance(vae.config.get("block_out_channels"), list):
-            return None
-        if not all(isinstance(denoiser.get(key), int) for key in wanted):
-            return None
-        scale = 2 ** (len(vae.config["block_out_channels"]) - 1)
-        side = (run.model.resolution or denoiser["sample_size"] * scale) // scale
-        clip = folder.networks.get("text_encoder")
-        length = clip.config.get("max_position_embeddings", 77) if clip else 77
-        length += run.model.model_dump().get("max_sequence_length", 0)
-        return cls(
-            latent=denoiser["in_channels"] * side**2,
-            pixels=3 * (side * scale) ** 2,
-            text=length * denoiser["joint_attention_dim"] + denoiser["pooled_projection_dim"],
-            tokens=(side // denoiser["patch_size"]) ** 2 + length,
-            width=denoiser["num_attention_heads"] * denoiser["attention_head_dim"],
-            layers=denoiser["num_layers"],
-        )
+def sizes(run: Run, folder: Folder) -> Any:
+    """The family's `Sizes` of one image, None for a folder that is laid out otherwise."""
+    family = registry.find("models", run.model.type)
+    try:
+        return family.sizes(run.model, {name: network.config for name, network in folder.networks.items()})
+    except (KeyError, TypeError):
+        return None
 
 
 def memory(run: Run, g: Geometry, folder: Folder, prompts: int) -> list[tuple[str, int | None]]:
     """What one process holds: (what it is, bytes or None for unknown). Rewards are not in it."""
     full = not isinstance(run.policy.tune, Lora)
     precision = BYTES[run.model.precision]
-    tensors, trained = Tensors.of(run, folder), trained_size(run, folder)
+    image, trained = sizes(run, folder), trained_size(run, folder)
     denoiser = folder.networks[folder.denoiser].size
     texts = [n.size for name, n in folder.networks.items() if name.startswith("text_encoder")]
     decoder = folder.networks["vae"].size if "vae" in folder.networks else 0
@@ -203,15 +172,15 @@ def memory(run: Run, g: Geometry, folder: Folder, prompts: int) -> list[tuple[st
             _times(trained, 4 * copies),
         ),
     ]
-    if tensors is None:
+    if image is None:
         return [*rows, ("stored trajectory", None), ("text cache, host memory", None), ("activations", None)]
-    states = 4 * tensors.latent * (g.window_size + 2) + 4 * g.window_size + tensors.pixels
+    states = 4 * image.latent * (g.window_size + 2) + 4 * g.window_size + image.pixels
     cached = min(prompts + 1, run.model.text_cache)
     return [
         *rows,
         ("stored trajectory", g.images_per_process * states),
-        (f"text cache, host memory ({cached} prompts)", cached * tensors.text * precision),
-        (f"activations of {g.largest_micro_batch} images, rough", _activations(run, g, tensors, full, precision)),
+        (f"text cache, host memory ({cached} prompts)", cached * image.text * precision),
+        (f"activations of {g.largest_micro_batch} images, rough", _activations(run, g, image, full, precision)),
     ]
 
 
@@ -219,12 +188,13 @@ def _times(count: int | None, size: int) -> int | None:
     return None if count is None else count * size
 
 
-def _activations(run: Run, g: Geometry, tensors: Tensors, full: bool, precision: int) -> int:
+def _activations(run: Run, g: Geometry, image: Any, full: bool, precision: int) -> int:
     guided = run.rollout.guidance_scale != 1 and getattr(run.rollout.dynamics, "guided", True)
     rows = g.largest_micro_batch * g.window_size * (2 if guided else 1)
-    layer = rows * tensors.tokens * tensors.width
-    whole = ACTIVATION_BYTES["full" if full else "lora", precision] * layer
-    return whole + tensors.layers * layer * precision if run.model.gradient_checkpointing else whole * tensors.layers
+    factor = ACTIVATION_BYTES["full" if full else "lora", precision]
+    if run.model.gradient_checkpointing:
+        return rows * (factor * image.layer + precision * image.kept)
+    return rows * factor * image.kept
 
 
 def describe(run: Run, world_size: int) -> str:

@@ -29,6 +29,8 @@ class Policy:
     def __init__(self, run: Run, family: ModelFamily, dynamics: Dynamics, reduction: Reduction):
         self.family, self.dynamics = family, dynamics
         self.reduction: Reduction = reduction
+        if not dynamics.recorded:
+            check_levels(run.rollout.dynamics.type, dynamics, family)
         self.guidance_scale = run.rollout.guidance_scale
         self.negative_prompt = run.rollout.negative_prompt
         self.tune, self.ema = run.policy.tune, run.policy.ema
@@ -69,7 +71,7 @@ class Policy:
     def velocity(self, latents: Tensor, t: Tensor, text: TextEmbeds, guidance: float | None = None) -> Tensor:
         """Guided velocity, float32. Guidance defaults to the rollout's, so that rollout and update cannot differ."""
         scale = self.guidance_scale if guidance is None else guidance
-        null = self.text([self.negative_prompt]) if scale != 1 else None
+        null = self.family.null(self.negative_prompt) if scale != 1 else None
         return self.family.velocity(latents, t, text, null, scale)
 
     def predict(self, batch: MicroBatch) -> Prediction:
@@ -176,6 +178,17 @@ class Policy:
                             f"{prefix}.{name} has shape {tuple(saved.shape)}, expected {tuple(tensor.shape)}"
                         )
                     tensor.copy_(saved)
+
+
+def check_levels(kind: str, dynamics: Dynamics, family: ModelFamily) -> None:
+    """Raise ConfigError for dynamics that would train at noise levels which the denoiser does not know."""
+    asked = float(dynamics.levels(torch.ones(1)).max())
+    if asked > family.highest_level:
+        known = int(family.highest_level * 1000) / 1000
+        raise ConfigError(
+            f"rollout.dynamics.range ends at noise level {asked:g}, but the noise of {family.config.path} ends at "
+            f"{family.highest_level:.4f}: with rollout.dynamics.type = {kind} use a range up to {known:g} at most"
+        )
 
 
 def check_targets(denoiser: torch.nn.Module, targets: Sequence[str]) -> None:

@@ -96,7 +96,7 @@ def _sample(
     draws = noise.draw(groups, 1 + len(window), policy.family.latent_shape).to(device)
     used = sorted(set(groups.index))  # groups keep all prompts of the rollout, a batch needs a few
     text = policy.text([groups.prompts[i] for i in used])[[used.index(i) for i in groups.index]]
-    x = draws[:, 0]
+    x = policy.family.start(draws[:, 0], levels[0])
     states, log_probs = [x] if 0 in window else [], []
     for step in range(len(levels) - 1):
         t, t_next = levels[step].expand(size), levels[step + 1].expand(size)
@@ -109,6 +109,7 @@ def _sample(
             x = ODE.mean_std(x, v, t, t_next)[0]
         if step + 1 in window or step in window:
             states.append(x)
+    x = policy.family.finish(x, levels[-1])
     if not window:
         return x.new_empty(size, 0), x.new_empty(size, 0), x, policy.family.pictures(x)
     return torch.stack(states, 1), torch.stack(log_probs, 1), x, policy.family.pictures(x)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -51,22 +52,46 @@ class PromptGroups:
 
 @dataclass(frozen=True)
 class TextEmbeds:
-    """Encoded prompts: `tokens` (P, L, D) and `pooled` (P, E)."""
+    """Encoded prompts: `tokens` (P, L, D) and `pooled` (P, E).
+
+    `mask` (P, L) bool is there where prompts have different lengths: which tokens are text, all others are zeros behind it.
+    """
 
     tokens: Tensor
     pooled: Tensor
+    mask: Tensor | None = None
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> TextEmbeds:
+        mask = None if self.mask is None else function(self.mask)
+        return TextEmbeds(function(self.tokens), function(self.pooled), mask)
 
     def __getitem__(self, rows: Any) -> TextEmbeds:
-        return TextEmbeds(self.tokens[rows], self.pooled[rows])
+        return self._each(lambda x: x[rows])
 
     def to(self, *args: Any, **kwargs: Any) -> TextEmbeds:
-        """As `Tensor.to`, for both."""
-        return TextEmbeds(self.tokens.to(*args, **kwargs), self.pooled.to(*args, **kwargs))
+        """As `Tensor.to`, for all of them; a mask stays one."""
+        moved = self._each(lambda x: x.to(*args, **kwargs))
+        return moved if moved.mask is None else replace(moved, mask=moved.mask.bool())
+
+    def trimmed(self, length: int | None = None) -> TextEmbeds:
+        """With `length` tokens a row, or as few as hold all the text. Without a mask nothing is cut."""
+        if self.mask is None:
+            return self
+        length = int(self.mask.sum(1).max()) if length is None else length
+        more = length - self.mask.shape[1]
+        return replace(self, tokens=F.pad(self.tokens, (0, 0, 0, more)), mask=F.pad(self.mask, (0, more)))
 
     @staticmethod
     def cat(parts: Sequence[TextEmbeds]) -> TextEmbeds:
-        """Rows of several, in order."""
-        return TextEmbeds(torch.cat([p.tokens for p in parts]), torch.cat([p.pooled for p in parts]))
+        """Rows of several, in order; where they have masks, with as many tokens as the longest needs."""
+        parts = [p.trimmed() for p in parts]
+        masks = [p.mask for p in parts if p.mask is not None]
+        if masks:
+            longest = max(m.shape[1] for m in masks)
+            parts = [p.trimmed(longest) for p in parts]
+            masks = [p.mask for p in parts if p.mask is not None]
+        tokens, pooled = torch.cat([p.tokens for p in parts]), torch.cat([p.pooled for p in parts])
+        return TextEmbeds(tokens, pooled, torch.cat(masks) if masks else None)
 
 
 @dataclass(frozen=True)

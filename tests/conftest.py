@@ -57,3 +57,20 @@ def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a case of `tests.families`, with changed settings if any: each is made once. For tests that only read."""
+    from tests.families import CASES
+
+    made: dict[str, Path] = {}
+
+    def folder(name: str, **changes: Any) -> Path:
+        key = repr((name, sorted(changes.items())))
+        if key not in made:
+            case = CASES[name]
+            made[key] = case.make(tmp_path_factory.mktemp(name), **case.settings | changes)
+        return made[key]
+
+    return folder

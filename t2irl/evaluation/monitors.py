@@ -69,11 +69,14 @@ def path_kl(policy: Policy, trajectory: Trajectory, noise: Noise, batch_size: in
     For two stochastic flows of equal noise sigma(t) = a sqrt(t / (1 - t)) (Flow-SDE) it is, by Girsanov's theorem, the
     integral over t of (1 + a^2 / 2)^2 (1 - t) / (2 a^2 t) |v - v_ref|^2, summed over the latent. States are the policy's
     finished pictures, noised again, instead of paths: a flow passes through the same distribution. The integral is the
-    mean over midpoints of `LEVELS` equal stretches of (0, 1), of which each picture takes one.
+    mean over midpoints of `LEVELS` equal stretches of (0, 1), or up to the noise that the model knows, of which each picture
+    takes one.
     """
     groups = trajectory.groups
-    middle = torch.tensor([((i + m) % LEVELS + 0.5) / LEVELS for i, m in zip(groups.ids, groups.members, strict=True)])
-    factor = (1 + SDE_NOISE**2 / 2) ** 2 / (2 * SDE_NOISE**2) * ((1 - middle) / middle).double()
+    places = torch.tensor([((i + m) % LEVELS + 0.5) / LEVELS for i, m in zip(groups.ids, groups.members, strict=True)])
+    top = policy.family.highest_level  # paths begin there
+    middle = top * places
+    factor = top * (1 + SDE_NOISE**2 / 2) ** 2 / (2 * SDE_NOISE**2) * ((1 - middle) / middle).double()
     found = []
     with torch.no_grad(), policy.averaged():
         for chunk in even_chunks(len(groups), batch_size):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,27 @@ from t2irl.config import Strict
 from t2irl.types import TextEmbeds
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What one image needs of memory, in elements, as a model folder's JSON files tell."""
+
+    latent: int
+    """Latents of one image."""
+    pixels: int
+    """One RGB image."""
+    text: int
+    """One encoded prompt."""
+    layer: int
+    """Channels times tokens in the widest layer of one denoiser row."""
+    kept: int
+    """The same summed over all layers."""
+
+    @classmethod
+    def of_transformer(cls, latent: int, pixels: int, text: int, tokens: int, width: int, layers: int) -> Sizes:
+        """Of a denoiser with equal layers."""
+        return cls(latent, pixels, text, tokens * width, tokens * width * layers)
 
 
 class ModelFamily:
@@ -48,6 +70,8 @@ class ModelFamily:
     """(C, h, w) of one image's latents."""
     denoiser: Any
     """The network whose weights are the policy: a diffusers model with `add_adapter`."""
+    highest_level: float = 1.0
+    """The largest noise level that the denoiser knows."""
 
     def __init__(self, config: Any, device: torch.device):
         self.config, self.device = config, device
@@ -74,6 +98,26 @@ class ModelFamily:
         """The model's own schedule: `steps` + 1 noise levels from about 1 to 0, float32, on `device`."""
         raise NotImplementedError
 
+    def start(self, noise: Tensor, t: Tensor) -> Tensor:
+        """Standard normal noise (B, C, h, w) -> the state at the first noise level `t`, a scalar."""
+        return noise
+
+    def finish(self, latents: Tensor, t: Tensor) -> Tensor:
+        """The state at the last noise level `t`, a scalar -> clean latents."""
+        return latents
+
+    def guide(self, v_null: Tensor, v_text: Tensor, guidance: float) -> Tensor:
+        """The guided velocity, both branches given in float32."""
+        return v_null + guidance * (v_text - v_null)
+
+    @classmethod
+    def sizes(cls, config: Any, networks: Mapping[str, Mapping[str, Any]]) -> Sizes | None:
+        """Sizes for `t2irl check`, from the model's config and the config.json of each network of its folder.
+
+        None where that is not known. A KeyError or TypeError counts as not known too: the folder is laid out otherwise.
+        """
+        return None
+
     def save_lora(self, folder: Path, weights: dict[str, Tensor]) -> Path:
         """Write adapter weights (scale folded in) as this family's pipelines load them; returns the file."""
         raise NotImplementedError
@@ -95,6 +139,10 @@ class ModelFamily:
         """Python that draws a picture with an exported file or folder."""
         raise NotImplementedError
 
+    def null(self, negative: str) -> TextEmbeds:
+        """The unconditional branch's text, one row on `device`."""
+        return self.text([negative])
+
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> TextEmbeds:
         """Rows for `prompts` on `device`; a prompt met before comes from the cache."""
@@ -103,7 +151,7 @@ class ModelFamily:
         if new:
             self.work["encoded_prompts"] += len(new)
             rows = self.encode(new)
-            fresh = {p: rows[i : i + 1] for i, p in enumerate(new)}
+            fresh = {p: rows[i : i + 1].trimmed() for i, p in enumerate(new)}
         found = [fresh[p] if p in fresh else self._text[p].to(self.device) for p in prompts]
         for prompt in prompts:
             if prompt in self._text:
@@ -117,7 +165,7 @@ class ModelFamily:
     def velocity(
         self, latents: Tensor, t: Tensor, text: TextEmbeds, null: TextEmbeds | None, guidance: float
     ) -> Tensor:
-        """Guided velocity in float32, v_null + guidance (v - v_null), both branches in one call; 1 skips v_null.
+        """Guided velocity in float32, see `guide`, both branches in one call; 1 skips the null branch.
 
         `text` has a row per image, `null` one row.
         """
@@ -128,7 +176,7 @@ class ModelFamily:
             n = len(latents)
             rows = TextEmbeds.cat([null[[0] * n], text])
             v_null, v_text = self._counted(torch.cat([latents, latents]), torch.cat([t, t]), rows).chunk(2)
-            result = v_null + guidance * (v_text - v_null)
+            result = self.guide(v_null, v_text, guidance)
         return result
 
     def _counted(self, latents: Tensor, t: Tensor, text: TextEmbeds) -> Tensor:

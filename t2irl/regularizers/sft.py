@@ -124,7 +124,7 @@ class Sft(Regularizer):
             level = torch.rand((), generator=generator)
         else:
             level = torch.randn((), generator=generator).sigmoid()
-        return clean, noise, level
+        return clean, noise, level * self.parts.family.highest_level
 
     def _encoded(self, key: str, picture: Tensor) -> Tensor:
         found = self.latents.get(key)

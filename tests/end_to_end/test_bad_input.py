@@ -41,8 +41,11 @@ def refused(
         ("--rollout.group_size=1", ["rollout.group_size", "1", "greater than or equal to 2"]),
         ("--update.per_iteration=3", ["update.per_iteration = 3", "16 images", "Use 1, 2, 4, 8 or 16 updates"]),
         ("--rollout.window.size=4", ["rollout.window.size = 4", "at most 3"]),
-        ("--rollout.dynamics.type=ode", ["rollout.dynamics.type = ode", "use cps, dance_sde, flow_sde or matching"]),
-        ("--rollout.dynamics.type=sde", ["'sde'", "Known: cps, dance_sde, flow_sde, matching, ode"]),
+        (
+            "--rollout.dynamics.type=ode",
+            ["rollout.dynamics.type = ode", "use cps, dance_sde, ddim, flow_sde or matching"],
+        ),
+        ("--rollout.dynamics.type=sde", ["'sde'", "Known: cps, dance_sde, ddim, flow_sde, matching, ode"]),
         ("--rollout.dynamics.noise_level=0", ["rollout.dynamics.noise_level = 0"]),
         ("--rollout.last_step_stochastic=true", ["rollout.last_step_stochastic", "cps", "flow_sde"]),
         ("--rewards.bright.type=shape", ["rewards.bright", "'shape'", "Did you mean 'shapes'"]),

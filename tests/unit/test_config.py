@@ -154,7 +154,7 @@ def test_wrong_overrides(files: Files, overrides: tuple[str, ...], said: list[st
 def test_all_problems_are_told_at_once(files: Files) -> None:
     message = files.refusal(
         "rollout:\n  group_size: 1\n  stepps: 3\n  dynamics: {type: cps, noise_level: 2}\nrewards:\n  gold: {measure: goold}\n",
-        "optimizer: {lr: fast}\nmodel:\n  type: sd4\n",
+        "optimizer: {lr: fast}\nmodel:\n  type: sd33\n",
         overrides=("--policy.tune.rank", "0", "--advantage.std=groups", "--rollout.window.type", "slidng"),
     )
     lines = message.splitlines()
@@ -165,7 +165,7 @@ def test_all_problems_are_told_at_once(files: Files) -> None:
         "rollout.dynamics.noise_level = 2 (%s/1.yaml:4): must be less than or equal to 1",
         "rewards.gold.measure = \"goold\" (%s/1.yaml:6): must be one of 'clauses', 'correct', 'cleanliness' or 'gold'. Did",
         'optimizer.lr = "fast" (%s/2.yaml:1): expected number > 0',
-        "model.type = \"sd4\" (%s/2.yaml:3): no models of type 'sd4'. Did you mean 'sd3'?",
+        "model.type = \"sd33\" (%s/2.yaml:3): no models of type 'sd33'. Did you mean 'sd3'?",
         "policy.tune.rank = 0 (--policy.tune.rank): must be greater than 0",
         "advantage.std = \"groups\" (--advantage.std): must be one of 'group', 'global' or 'none'. Did you mean 'group'?",
         "rollout.window.type = \"slidng\" (--rollout.window.type): must be one of 'fixed', 'random', 'sliding'. Did you mean",

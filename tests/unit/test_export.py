@@ -42,7 +42,8 @@ def trained(
     **sampling: Any,
 ) -> tuple[Run, Policy]:
     """A policy whose trained weights and their average were moved at random, differently."""
-    settings = {"type": "sd3", "path": folder, "max_sequence_length": 4, **(model or {})}
+    sd3 = {"type": "sd3", "path": folder, "max_sequence_length": 4}
+    settings = model if model and "type" in model else {**sd3, **(model or {})}
     run = toy_run({"model": settings, "rollout": {"steps": 4, **sampling}, "policy": {"tune": tune}})
     policy = toy_parts(run).policy
     generator = torch.Generator().manual_seed(2)

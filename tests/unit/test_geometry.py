@@ -182,7 +182,7 @@ def test_sliding_windows() -> None:
         ({"window": {"type": "random", "range": [4, 10]}}, ["rollout.window.range = [4, 10]", "at most 9"]),
         ({"window": {"type": "random", "range": [4, 6]}}, ["holds 2 timesteps", "rollout.window.size = 3"]),
         ({"window": {"type": "random", "range": [6, 4]}}, ["holds 0 timesteps"]),
-        ({"dynamics": {"type": "ode"}}, ["no density", "cps, dance_sde, flow_sde or matching"]),
+        ({"dynamics": {"type": "ode"}}, ["no density", "cps, dance_sde, ddim, flow_sde or matching"]),
         ({"dynamics": {"type": "cps", "noise_level": 0}}, ["rollout.dynamics.noise_level = 0", "more than 0"]),
         ({"last_step_stochastic": True}, ["cps", "flow_sde or dance_sde"]),
         ({"dynamics": {"type": "matching"}, "same_noise": True}, ["rollout.same_noise = true", "equal images"]),

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2irl.models import sd3
 from t2irl.models.base import ModelFamily
 from t2irl.models.sd3 import SD3
+from t2irl.pipelines import family as pipelines
 from t2irl.types import TextEmbeds
 from tests.invariants.toy import a_batch, toy_parts, toy_run
 
@@ -92,7 +92,7 @@ def test_pictures_are_decoded_in_parts_of_bounded_size(sd3_folder: Folder, monke
     model.pipe.vae.decoder.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
     with torch.no_grad():
         whole = model.decode(latents)
-        monkeypatch.setattr(sd3, "PIXELS_AT_ONCE", 2 * 16 * 16)
+        monkeypatch.setattr(pipelines, "PIXELS_AT_ONCE", 2 * 16 * 16)
         parts = model.decode(latents)
     assert sizes == [3, 2, 1]
     assert whole.shape == (3, 3, 16, 16)

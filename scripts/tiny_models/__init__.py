@@ -1,0 +1,1 @@
+"""Random pipeline folders that are made in a moment: everything of genuine ones, only small."""

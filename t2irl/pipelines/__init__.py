@@ -1,0 +1,1 @@
+"""What model families that are diffusers pipelines share; t2irl/models holds the families themselves."""
