@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
@@ -20,7 +20,7 @@ from t2irl.evaluation.glossary import lookup
 from t2irl.evaluation.panels import Key, Pictures, fixed, hacked, read_pictures, worst
 from t2irl.evaluation.settings import Evaluated
 from t2irl.evaluation.summary import LOWER, Summary
-from t2irl.evaluation.tables import ALPHA, by_section, shown, trend
+from t2irl.evaluation.tables import ALPHA, by_section, interval, mean, trend
 from t2irl.utils.tracking import write_atomic
 
 PROMPTS, COLUMNS, TILE = 8, 6, 176
@@ -54,7 +54,8 @@ def write_page(summary: Summary, settings: Evaluated, about: dict[str, Any], out
         panels=_panels(pictures, settings),
         settings=settings.model_dump(mode="json"),
         alpha=ALPHA,
-        shown=shown,
+        mean=mean,
+        interval=interval,
         trend=lambda row, name: (
             "" if name.startswith("spread/") else trend(row, name, name.rpartition("/")[2] in LOWER)
         ),
@@ -67,11 +68,12 @@ def write_page(summary: Summary, settings: Evaluated, about: dict[str, Any], out
 def render(template: str, **values: Any) -> str:
     """A page of this package. All text is escaped; it has the reports' style and no script."""
     files = resources.files("t2irl.evaluation")
-    style, text = (files.joinpath(name).read_text(encoding="utf-8") for name in ("report.css", template))
-    env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    loader = FunctionLoader(lambda name: files.joinpath(name).read_text(encoding="utf-8"))
+    env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    style = files.joinpath("report.css").read_text(encoding="utf-8")
     env.filters |= {"yaml": lambda v: yaml.safe_dump(v, sort_keys=False, allow_unicode=True, width=110)}
     env.filters |= {"number": lambda v: "n/a" if v is None else number(v, 3)}
-    return env.from_string(text).render(style=Markup(style), lookup=lookup, **values)
+    return env.get_template(template).render(style=Markup(style), lookup=lookup, **values)
 
 
 def _panels(pictures: Pictures, settings: Evaluated) -> list[Panel]:

@@ -85,6 +85,12 @@ def read_pictures(folders: Sequence[Path]) -> Pictures:
     return Pictures(cells, prompts)
 
 
+def label_of(line: Mapping[str, Any]) -> str:
+    """Method and checkpoint of a line, as columns are called."""
+    base = line["checkpoint"] == line["method"].partition(" (")[0]
+    return line["method"] if base else f"{line['method']}, {line['checkpoint']}"
+
+
 def _lines(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     file = folder / "images.jsonl"
     if not file.is_file():

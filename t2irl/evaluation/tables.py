@@ -84,13 +84,21 @@ def _csv(summary: Summary) -> str:
 
 def shown(measured: Measured | None) -> str:
     """`0.512 [0.470, 0.550]`, with a star where it differs from the baseline; a dash where it was not measured."""
-    if measured is None or math.isnan(measured.interval.mean):
-        return "-"
-    i = measured.interval
-    text = number(i.mean, 3)
-    if not math.isnan(i.low):
-        text += f" [{number(i.low, 3)}, {number(i.high, 3)}]"
-    return text + " *" * (measured.p_holm < ALPHA)
+    starred = measured is not None and measured.p_holm < ALPHA
+    return " ".join(part for part in (mean(measured), interval(measured), "*" * starred) if part)
+
+
+def mean(measured: Measured | None) -> str:
+    """The mean alone."""
+    unknown = measured is None or math.isnan(measured.interval.mean)
+    return "-" if unknown else number(measured.interval.mean, 3)
+
+
+def interval(measured: Measured | None) -> str:
+    """The interval alone, empty where there is none."""
+    if measured is None or math.isnan(measured.interval.low):
+        return ""
+    return f"[{number(measured.interval.low, 3)}, {number(measured.interval.high, 3)}]"
 
 
 def _markdown(summary: Summary, about: dict[str, Any]) -> str:
