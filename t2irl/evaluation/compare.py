@@ -128,11 +128,11 @@ def pairs(pictures: Pictures, columns: Sequence[str], confidence: float = 0.95, 
     found = []
     for first, second in itertools.combinations(columns, 2):
         for measure in pictures.scores:
-            tables = [_by_prompt(pictures, column, (first, second), measure) for column in (first, second)]
-            if len(tables[0]):
-                found.append((first, second, measure, difference(*tables, confidence, resamples, seed=0)))
+            one, other = (_by_prompt(pictures, column, (first, second), measure) for column in (first, second))
+            if len(one):
+                found.append((first, second, measure, difference(one, other, confidence, resamples, seed=0)))
     corrected = holm([versus.p for *_, versus in found])
-    return [Pair(*entry, p) for entry, p in zip(found, corrected, strict=True)]
+    return [Pair(a, b, measure, versus, p) for (a, b, measure, versus), p in zip(found, corrected, strict=True)]
 
 
 def _by_prompt(pictures: Pictures, column: str, both: Sequence[str], measure: str) -> np.ndarray:

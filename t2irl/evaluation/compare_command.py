@@ -79,7 +79,7 @@ def _evaluate(runs: Sequence[Any], arguments: Any, out: Path, command: str) -> P
             "suite": {"type": "prompts", "path": str(first.data.heldout), "images": arguments.images},
             "features": {"pixels": {"type": "pixels"}},
             "distances": {"prdc": False},
-        }  # fmt: skip
+        }
     )
     evaluate(settings, ["base", *(f"{c.name}={c.recorded.folder}" for c in runs)], "all", command)
     return out

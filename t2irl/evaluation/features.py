@@ -25,6 +25,8 @@ from t2irl.utils.tracking import write_atomic
 BATCH = 64
 """Pictures in one call of an extractor."""
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LAYERS = {"inception-v3-compat": "2048", "vgg16": "fc2_relu", "clip-vit-b-32": "clip", "dinov2-vit-l-14": "dinov2"}
+"""The layer of each of torch-fidelity's extractors that distances are usual with."""
 Extract = Callable[[Tensor], Tensor]
 """(B, 3, H, W) uint8 -> (B, D)."""
 
@@ -49,16 +51,16 @@ def extractor(name: str, config: Vision | Fidelity | Pixels, device: torch.devic
 
 def _fidelity(name: str, config: Fidelity, device: torch.device) -> Extract:
     try:
-        from torch_fidelity.feature_extractor_base import FeatureExtractorBase  # noqa: F401
-        from torch_fidelity.utils import create_feature_extractor
+        from torch_fidelity.utils import create_feature_extractor  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(f"features.{name}: type fidelity needs `pip install torch-fidelity` ({error})") from error
-    layers = {"inception-v3-compat": "2048", "vgg16": "fc2_relu", "clip-vit-b-32": "clip-vit-b-32"}
-    layer = layers.get(config.name, "dinov2")
     weights = None if config.weights is None else str(config.weights)
-    made: Any = create_feature_extractor(
-        config.name, [layer], cuda=device.type == "cuda", verbose=False, feature_extractor_weights_path=weights
-    )
+    try:
+        made: Any = create_feature_extractor(
+            config.name, [LAYERS[config.name]], cuda=device.type == "cuda", feature_extractor_weights_path=weights
+        )
+    except (OSError, RuntimeError, AssertionError) as error:  # no network, or another network's weights
+        raise DataError(f"features.{name}: torch-fidelity cannot load {config.name}: {error}") from error
     return lambda images: made(images.to(device))[0]
 
 
@@ -143,7 +145,7 @@ def _reference_key(folder: Path) -> str:
 def lpips_pairs(config: Lpips, device: torch.device) -> Callable[[Tensor], float]:
     """Mean LPIPS over all pairs of pictures (n, 3, H, W) uint8. Raises ConfigError where it is not installed."""
     try:
-        import lpips
+        import lpips  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(f"lpips: needs `pip install lpips` ({error})") from error
     network: Any = lpips.LPIPS(net=config.net, verbose=False).eval().to(device)

@@ -34,12 +34,15 @@ def evaluate(settings: Evaluated, words: Sequence[str], stage: str, command: str
     if not torch.cuda.is_available():
         keep_heap()
     state = PartialState(cpu=on_cpu())
-    device = torch.device("cpu") if state.device.type == "cpu" else state.device
+    found: torch.device = state.device  # type: ignore[assignment] - set by then
+    # With several processes on the CPU accelerate numbers it, and cpu:1 is a device that nothing can be loaded to.
+    device = torch.device("cpu") if found.type == "cpu" else found
     told = store.begin(settings, write=False)
     distributed.barrier()  # nobody writes before all have looked
     if state.is_main_process:
         store.begin(settings, write=True)
         _note(settings, words, command)
+    distributed.barrier()  # nobody draws before remains of an interrupted write are cleared away
 
     def say(text: str) -> None:
         if state.is_main_process:

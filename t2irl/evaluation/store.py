@@ -116,7 +116,9 @@ class Store:
         weights under a name that has pictures.
         """
         now = self._manifest(settings)
-        told = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:12]
+        told = hashlib.sha256(
+            json.dumps({key: now[key] for key in FIXED if key != "subjects"}, sort_keys=True).encode()
+        ).hexdigest()[:12]
         file = self.out / "manifest.json"
         if file.is_file():
             old = read_manifest(self.out)
@@ -125,6 +127,8 @@ class Store:
             now["subjects"] = old["subjects"] | now["subjects"]
         if write:
             (self.out / "images").mkdir(parents=True, exist_ok=True)
+            for part in self.out.rglob(".*.part"):  # of a process that was killed while it wrote
+                part.unlink()
             lines = (json.dumps({"prompt": p.text, "tag": p.tag, "metadata": p.metadata}) for p in self.prompts)
             write_atomic(self.out / "prompts.jsonl", "".join(f"{line}\n" for line in lines).encode())
             write_json(file, now)
@@ -139,6 +143,7 @@ class Store:
             "prompts": f"{len(self.prompts)}, {hashlib.sha256(texts).hexdigest()[:12]}",
             "samplers": {n: s.model_dump(mode="json") for n, s in settings.samplers.items()},
             "subjects": {row.folder: asdict(row) for row in self.drawn},
+            "shown": [row.folder for row in self.drawn],
         }
 
     def _refuse_changes(self, old: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -174,6 +179,18 @@ def read_manifest(out: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         raise DataError(f"{out}/manifest.json cannot be read: {error}") from error
+
+
+def open_store(out: Path) -> Store:
+    """The evaluation that was last asked for in a folder, without the weights it came from. Raises DataError."""
+    manifest = read_manifest(out)
+    try:
+        lines = (out / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+        prompts = [Prompt(**{"text" if k == "prompt" else k: v for k, v in json.loads(line).items()}) for line in lines]
+        drawn = [Drawn(**manifest["subjects"][folder]) for folder in manifest["shown"]]
+        return Store(out, manifest["seed"], prompts, manifest["images"], drawn)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{out}: prompts.jsonl or manifest.json is damaged: {error}") from error
 
 
 def read_picture(path: Path) -> Tensor:

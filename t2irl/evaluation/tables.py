@@ -90,8 +90,9 @@ def shown(measured: Measured | None) -> str:
 
 def mean(measured: Measured | None) -> str:
     """The mean alone."""
-    unknown = measured is None or math.isnan(measured.interval.mean)
-    return "-" if unknown else number(measured.interval.mean, 3)
+    if measured is None or math.isnan(measured.interval.mean):
+        return "-"
+    return number(measured.interval.mean, 3)
 
 
 def interval(measured: Measured | None) -> str:

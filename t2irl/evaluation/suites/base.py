@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import PositiveInt
 
-from t2irl.errors import ConfigError, DataError
+from t2irl.errors import DataError
 from t2irl.strict import Strict
 
 Results = dict[str, dict[tuple[int, int], float]]
@@ -57,8 +57,8 @@ class Suite:
         images: PositiveInt = 4
         """Pictures of each prompt."""
 
-    official = ""
-    """Where the official scorer is, and what to call; empty for a suite that has none."""
+    official = 'any scorer that writes lines such as {"prompt_id": 0, "image": 0, "scores": {"mine": 0.5}}'
+    """What to call on the exported folder, and where it is."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -68,12 +68,28 @@ class Suite:
         raise NotImplementedError
 
     def export(self, prompts: Sequence[Prompt], pictures: Sequence[Picture], folder: Path) -> None:
-        """Write the layout that the official scorer reads into an empty `folder`."""
-        raise ConfigError(f"suite.type = {self.config.type}: has no official scorer, so there is no layout to export")
+        """Write the layout that the official scorer reads into an empty `folder`: here 00012_003.png and pictures.jsonl."""
+        lines = []
+        for picture in pictures:
+            name = f"{picture.prompt_id:05d}_{picture.image:03d}.png"
+            place_picture(picture.path, folder / name)
+            about = {"prompt_id": picture.prompt_id, "image": picture.image, "file": name}
+            lines.append(json.dumps(about | {"prompt": prompts[picture.prompt_id].text}))
+        (folder / "pictures.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def results(self, prompts: Sequence[Prompt], pictures: Sequence[Picture], path: Path) -> Results:
         """Read what the official scorer wrote. Raises DataError for a file that does not fit the pictures."""
-        raise ConfigError(f"suite.type = {self.config.type}: has no official scorer, so there are no results to import")
+        found: Results = {}
+        for place, entry in read_objects(path, str(path), ("prompt_id", "image", "scores")):
+            if not isinstance(entry["scores"], dict):
+                raise DataError(f"{place}: scores is {entry['scores']!r}, expected a mapping of names and numbers")
+            for name, value in entry["scores"].items():
+                found.setdefault(str(name), {})[entry["prompt_id"], entry["image"]] = number(value, f"{place}: {name}")
+        for scores in found.values():
+            fits(scores, pictures, path)
+        if not found:
+            raise DataError(f"{path}: holds no scores")
+        return found
 
     @property
     def where(self) -> str:
