@@ -13,7 +13,7 @@ import torch
 
 from t2irl.errors import ConfigError, DataError
 from t2irl.evaluation.distances import cmmd, frechet, kid, kid_subsets, overlap, within_prompts
-from t2irl.evaluation.features import Features
+from t2irl.evaluation.features import Features, reference_files
 from t2irl.evaluation.score import group_paths, lpips_lines, scores, set_path
 from t2irl.evaluation.settings import Evaluated
 from t2irl.evaluation.statistics import Difference, Interval, by_prompt, difference, holm, interval
@@ -63,15 +63,18 @@ def refuse_impossible(settings: Evaluated, rows: Sequence[Drawn], pictures: int)
     """Raise ConfigError for measures that these pictures cannot have, before any is drawn."""
     if not settings.features:
         return
-    d, compared = settings.distances, settings.reference_images is not None or any(row.base for row in rows)
-    if d.fd and compared and pictures < d.fd_minimum:
+    d, others = settings.distances, [pictures] if any(row.base for row in rows) else []
+    if settings.reference_images is not None:
+        others.append(len(reference_files(settings.reference_images)))
+    fewest = min(pictures, *others) if others else None
+    if fewest is not None and d.fd and fewest < d.fd_minimum:
         raise ConfigError(
-            f"distances.fd: a Fréchet distance of {pictures} pictures says more of their number than of the pictures; draw "
-            f"{d.fd_minimum} (suite.images), or use kid, which is unbiased"
+            f"distances.fd: a Fréchet distance of {fewest} pictures says more of their number than of the pictures; it takes "
+            f"{d.fd_minimum} in either set (suite.images, reference_images), or use kid, which is unbiased"
         )
-    if d.prdc and compared and pictures <= d.neighbours:
+    if fewest is not None and d.prdc and fewest <= d.neighbours:
         raise ConfigError(
-            f"distances.neighbours = {d.neighbours}: needs more pictures than that, and there are {pictures}"
+            f"distances.neighbours = {d.neighbours}: takes more pictures than that in either set, and there are {fewest}"
         )
 
 
@@ -183,16 +186,8 @@ def _distances(
     if d.cmmd:
         found["cmmd"] = cmmd(pictures, others)
     if d.fd:
-        if len(others) < d.fd_minimum:
-            raise ConfigError(
-                f"distances.fd: {name}: only {len(others)} pictures to compare with, {d.fd_minimum} are needed"
-            )
         found["fd"] = frechet(pictures, others)
     if d.prdc:
-        if len(others) <= d.neighbours:
-            raise ConfigError(
-                f"distances.neighbours = {d.neighbours}: {name}: only {len(others)} pictures to compare with"
-            )
         shared = overlap(pictures, others, d.neighbours)
         found |= {key: getattr(shared, key) for key in ("precision", "recall", "density", "coverage")}
     row.measures |= {f"{name}/{key}": _single(value) for key, value in found.items()}

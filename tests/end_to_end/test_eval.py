@@ -39,7 +39,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, sd3_folder: Callable[..., Pat
 @pytest.fixture
 def config(runs: Path, tmp_path: Path) -> Path:
     """An evaluation of the held-out prompts, three pictures each, in `tmp_path`/eval."""
-    path = tmp_path / "eval.yaml"
+    path, references = tmp_path / "eval.yaml", tmp_path / "real"
+    references.mkdir()
+    for k in range(4):
+        noise = np.random.default_rng(k).integers(0, 256, (16 + 4 * k, 20, 3), np.uint8)
+        Image.fromarray(noise).save(references / f"{k}.png")
     settings = {
         "out": str(tmp_path / "eval"),
         "suite": {"type": "prompts", "path": str(runs / "heldout.txt"), "images": 3},
@@ -48,7 +52,7 @@ def config(runs: Path, tmp_path: Path) -> Path:
         "proxy": "bright",
         "features": {"pixels": {"type": "pixels"}},
         "distances": {"cmmd": True, "neighbours": 2, "subsets": 5},
-        "reference_images": str(runs / "run" / "grids"),
+        "reference_images": str(references),
         "statistics": {"resamples": 99},
     }
     path.write_text(yaml.safe_dump(settings))
@@ -78,11 +82,10 @@ def test_from_checkpoints_to_tables(
     subjects = ("base", f"{runs}/run@all", f"again={runs}/run")
     assert evaluate(config, *subjects) == 0
     found = lines(out)
-    assert len(found) == 5 * 3 * 3 and len({line["path"] for line in found}) == len(found) == len(images(out))
+    assert len(found) == 4 * 3 * 3 and len({line["path"] for line in found}) == len(found) == len(images(out))
     assert all((out / str(line["path"])).is_file() and set(line["scores"]) == {"bright", "flat"} for line in found)  # type: ignore[call-overload]
-    assert {(line["method"], line["checkpoint"]) for line in found} == {
-        ("base", "base"), ("run", "iteration 0"), ("run", "iteration 1"), ("run", "iteration 2"), ("again", "iteration 2")
-    } - {("run", "iteration 0")} | ({("run", "iteration 0")} if "iteration 0" in str(found) else set())  # fmt: skip
+    rows = [("base", "base"), ("run", "iteration 1"), ("run", "iteration 2"), ("again", "iteration 2")]
+    assert list(dict.fromkeys((line["method"], line["checkpoint"]) for line in found)) == rows
     with Image.open(out / str(found[-1]["path"])) as picture:
         notes = picture.info
     assert (notes["prompt"], notes["seed"], notes["image"]) == (HELDOUT[2], "0", "2") and notes["config"]
@@ -90,8 +93,9 @@ def test_from_checkpoints_to_tables(
     assert not [name for name in table["measures"] if lookup(name) is None]
     kinds = {name.partition("/")[0] for name in table["measures"]}
     assert kinds == {"score", "spread", "diversity", "drift", "quality"}
-    rows = list(csv.DictReader((out / "table.csv").open()))
-    assert {row["measure"] for row in rows} == set(table["measures"])
+    with (out / "table.csv").open() as file:
+        measured = {row["measure"] for row in csv.DictReader(file)}
+    assert measured == set(table["measures"])
     last, same = table["rows"][-2]["measures"], table["rows"][-1]["measures"]
     assert last["score/bright"] == same["score/bright"]
     assert last["drift/pixels/kid"]["mean"] != 0 and last["score/bright"]["difference"]["p"] is not None
@@ -135,7 +139,7 @@ def test_two_processes_draw_the_same_bits(runs: Path, whole: tuple[Path, dict[st
     assert lines(tmp_path / "two") == lines(whole[0].with_name("eval"))
 
 
-@pytest.mark.parametrize("killed_after", [1, 12, 30])
+@pytest.mark.parametrize("killed_after", [1, 25])
 def test_killed_at_any_moment_it_goes_on(
     runs: Path, whole: tuple[Path, dict[str, bytes]], tmp_path: Path, killed_after: int
 ) -> None:
@@ -186,7 +190,7 @@ def test_batch_size_and_order_do_not_matter(runs: Path, whole: tuple[Path, dict[
 def test_exports_and_samplers(runs: Path, config: Path, tmp_path: Path) -> None:
     """An exported file draws what its checkpoint draws; the training sampler draws something else from the same noise."""
     lora = shutil.copy(runs / "run/export/pytorch_lora_weights.safetensors", tmp_path / "mine.safetensors")
-    samplers = ["--samplers.fast.type=training", "--weights=both"]
+    samplers = ["--samplers.deployment.type=deployment", "--samplers.fast.type=training", "--weights=both"]
     assert evaluate(config, "base", f"{runs}/run", f"{runs}/run/export", lora, *samplers, "--stage=generate") == 0
     folder = tmp_path / "eval/images"
 
@@ -229,13 +233,13 @@ def test_a_grid_and_a_comparison(runs: Path, config: Path, tmp_path: Path, capsy
         ([], "nothing to evaluate"),
         (["runs/none"], "there is no such file or folder"),
         (["{runs}/run@7"], "no checkpoint of iteration 7; there are 1, 2"),
-        (["{runs}/run@best"], "kept no best checkpoint"),
+        (["{runs}/run@newest"], "no checkpoint of iteration newest; there are 1, 2"),
         (["{runs}/run", "{runs}/run/checkpoints/iteration_000002"], "would both be called run, iteration 2"),
         (["{runs}/heldout.txt"], "is no .safetensors file"),
         (["base"], "set model"),
         (["{runs}/run", "--suite.imgaes=2"], "Did you mean suite.images"),
         (["{runs}/run", "--limit=9"], "has only 3 prompts"),
-        (["{runs}/run", "--distances.fd=true"], "draw 2000"),
+        (["{runs}/run", "--distances.fd=true"], "takes 2000"),
         (["{runs}/run", "--proxy=none"], "proxy 'none' is not among rewards"),
         (["{runs}/run", "--stage=report"], "not drawn yet"),
         (["{runs}/run", "--features.v.type=vision", "--features.v.path=none", "--limit=1"], "features.v.path = none"),
