@@ -98,7 +98,10 @@ class Store:
         }  # fmt: skip
         info = PngImagePlugin.PngInfo()
         for name, value in notes.items():
-            info.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
+            # A JSON file can hold half a surrogate pair, which no encoder takes.
+            info.add_itxt(
+                name, value.encode("utf-8", "replace").decode() if isinstance(value, str) else json.dumps(value)
+            )
         data = io.BytesIO()
         Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(data, "PNG", pnginfo=info)
         path = self.out / self.picture(row, key)
