@@ -57,8 +57,14 @@ def pieces(text: str, size: int) -> list[Piece]:
             found[-1] = (found[-1][0], found[-1][1] + letter)
         else:
             found.append((name, letter))
+    backwards = right_to_left(text)
+    for k in range(len(found) - 1):
+        (name, part), (after, rest) = found[k : k + 2]
+        if right_to_left(part) != backwards:  # its blanks would stand on its other side
+            blanks = len(part) - len(part.rstrip(" "))
+            found[k : k + 2] = [(name, part[: len(part) - blanks]), (after, " " * blanks + rest)]
     made = [_piece(part, name, size) for name, part in found]
-    return made[::-1] if right_to_left(text) else made
+    return made[::-1] if backwards else made
 
 
 def _piece(text: str, name: str | None, size: int) -> Piece:
@@ -166,7 +172,8 @@ def _installed_with(letter: str) -> list[str]:
     done = subprocess.run(
         [program, f":charset={ord(letter):x}", "file"], capture_output=True, text=True, timeout=20, check=False
     )
-    return sorted(line.rstrip(": ") for line in done.stdout.splitlines())[:20]
+    files = {line.rstrip(": ") for line in done.stdout.splitlines()}
+    return sorted(files, key=lambda file: ("Regular" not in file, file))[:20]
 
 
 @cache
