@@ -90,6 +90,9 @@ def _parser() -> Parser:
     for command in (train, check):
         command.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="YAML files, merged left to right")
     commands.add_parser("hacklab", help="compare methods by a grid of runs: how does each of them hack its reward?")
+    commands.add_parser("eval", help="measure checkpoints, exports and the base model on a suite of prompts")
+    commands.add_parser("grid", help="pictures of an evaluation side by side, with their scores")
+    commands.add_parser("compare", help="compare runs: held-out table, over-optimisation, pictures side by side")
     commands.add_parser("fields", help="list every field of a config", description="List every field of a config.")
     return parser
 
@@ -122,6 +125,10 @@ def _dispatch(argv: list[str]) -> int:
         from t2irl.hacklab.command import hacklab
 
         return hacklab(argv[1:])
+    if argv[:1] in (["eval"], ["grid"], ["compare"]):
+        from t2irl.evaluation import commands
+
+        return commands.run(argv[0], argv[1:])
     known, overrides = split(argv)
     arguments = _parser().parse_args(known)
     # Whatever is imported below is not needed to print help.

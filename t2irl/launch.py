@@ -160,7 +160,7 @@ def launch(run: Run, resume: str) -> Iterator[Context]:
     """Processes, folder, trackers and signal handlers of a run; undone at the end whatever happens."""
     if not torch.cuda.is_available():
         keep_heap()
-    cpu = _on_cpu()
+    cpu = on_cpu()
     state = PartialState(cpu=cpu)
     folder, start = _agree(run, resume, state.is_main_process)
     accelerator = Accelerator(cpu=cpu, **accelerator_arguments(run, folder))
@@ -178,7 +178,7 @@ def launch(run: Run, resume: str) -> Iterator[Context]:
             context.closing.close()
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
     """Whether accelerate must be told to use the CPU: otherwise it takes each of several processes on it for the only one."""
     asked = parse_flag_from_env("ACCELERATE_USE_CPU")
     return asked or (int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available())

@@ -1,4 +1,4 @@
-"""From YAML files and `--dotted.key value` overrides to a checked `Run`, and back to YAML.
+"""From YAML files and `--dotted.key value` overrides to a checked config, a `Run` above all, and back to YAML.
 
 Layers merge left to right: mappings merge key by key, everything else is replaced. A mapping whose `type` changes is
 replaced too, since its other keys belong to the old type, and one without `type` keeps the type it had (at first the
@@ -13,16 +13,19 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, TypeVar, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from t2irl import registry
 from t2irl.config import Run
 from t2irl.errors import ConfigError
 
+Root = TypeVar("Root", bound=BaseModel)
 Place = tuple[Any, ...]
 """Keys from the top of a config tree to a value."""
 
@@ -60,31 +63,36 @@ _Writer.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456
 
 @dataclass(frozen=True)
 class Layer:
-    """A config tree and where each of its keys was set."""
+    """A config tree, where each of its keys was set, and the class that reads it."""
 
     values: dict[str, Any]
     origins: dict[Place, str]
+    root: type[BaseModel] = Run
 
 
 def load_run(files: Sequence[Path | Layer], overrides: Sequence[str] = ()) -> Run:
-    """The run that config files (or layers of them) and overrides (`--a.b c` or `--a.b=c`) describe.
+    """The run that config files (or layers of them) and overrides (`--a.b c` or `--a.b=c`) describe, see `load`."""
+    return load(Run, files, overrides, "t2irl train configs/tiny/demo.yaml")
 
-    Raises ConfigError with every problem at once: the key, where it was set, the value, and what would be right.
+
+def load(root: type[Root], files: Sequence[Path | Layer], overrides: Sequence[str], example: str) -> Root:
+    """What files and overrides describe, as any config class; `example` is a command that would be right. Raises ConfigError
+    with every problem at once: the key, where it was set, the value, and what would be right.
     """
     if not files:
-        raise ConfigError("no config file given; for example: t2irl train configs/tiny/demo.yaml")
-    layer = Layer(registry.default_types(Run), {})
+        raise ConfigError(f"no config file given; for example: {example}")
+    layer = Layer(registry.default_types(root), {}, root)
     for file in files:
         layer = _merge(layer, file if isinstance(file, Layer) else read_file(Path(file)))
     layer = _merge(layer, _override_layer(overrides, layer))
     try:
-        return Run.model_validate(layer.values)
+        return root.model_validate(layer.values)
     except ValidationError as error:
         raise ConfigError(_report(error, layer, [str(f) for f in files if not isinstance(f, Layer)])) from error
 
 
 def describe_fields() -> str:
-    """Every field of a config, by dotted path, with what it takes, its default and its meaning."""
+    """Every field of a run's config, with what it takes, its default and its meaning."""
     return registry.describe(Run)
 
 
@@ -116,10 +124,7 @@ def read_file(path: Path) -> Layer:
 
 
 def _parse(text: str, source: str, numbered: bool = True) -> tuple[Any, dict[Place, str]]:
-    """What YAML text holds, and where each key stands.
-
-    `source` names the text in messages, with line and column if `numbered`.
-    """
+    """What YAML text holds, and where each key stands. `source` names the text in messages, with lines if `numbered`."""
     try:
         reader = _Reader(text)
         node = reader.get_single_node()
@@ -199,7 +204,7 @@ def _drop(origins: dict[Place, str], place: Place) -> None:
 def _merge(below: Layer, above: Layer) -> Layer:
     origins = dict(below.origins)
     values = _merged(below.values, above.values, (), origins)
-    return Layer(values, origins | above.origins)
+    return Layer(values, origins | above.origins, below.root)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any], place: Place, origins: dict[Place, str]) -> dict[str, Any]:
@@ -247,7 +252,7 @@ def _override_layer(arguments: Sequence[str], below: Layer) -> Layer:
     # Which field a key stands for depends on the types of plugins, so on files and overrides together.
     whole = _merge(below, layer).values
     for place, text in pairs:
-        if registry.unpack(registry.annotation_at(Run, place, whole))[0] not in (str, Path):
+        if registry.unpack(registry.annotation_at(below.root, place, whole))[0] not in (str, Path):
             _set(layer.values, place, _parse(text, f"--{_dotted(place)} {text}", numbered=False)[0])
     return layer
 
@@ -299,19 +304,13 @@ def _place(entry: Any, tree: Any) -> Place:
     return (*place, "type") if entry["type"] == "union_tag_invalid" else tuple(place)
 
 
-def _value_at(place: Place, tree: Any) -> Any:
-    for key in place:
-        tree = tree[key]
-    return tree
-
-
 def _head(entry: Any, place: Place, layer: Layer, files: Sequence[str]) -> str:
     if not place:
         return ""
     if _absent(entry):
         return f"{_dotted(place)} is missing in {', '.join(files)}"
     origin = next((layer.origins[place[:n]] for n in range(len(place), 0, -1) if place[:n] in layer.origins), "default")
-    return f"{_dotted(place)} = {_shown(_value_at(place, layer.values))} ({origin})"
+    return f"{_dotted(place)} = {_shown(reduce(getitem, place, layer.values))} ({origin})"
 
 
 def _text(entry: Any, place: Place, layer: Layer) -> str:
@@ -325,7 +324,7 @@ def _text(entry: Any, place: Place, layer: Layer) -> str:
         hint = registry.did_you_mean(str(given), re.findall(r"'([^']*)'", expected))
         return f"must be one of {expected}{'.' if hint else ''}{hint}"
     if kind.endswith(("_type", "_parsing")) or kind in ("missing", "int_from_float", "too_short", "too_long"):
-        annotation = registry.annotation_at(Run, place, layer.values)
+        annotation = registry.annotation_at(layer.root, place, layer.values)
         return f"expected {registry.type_text(annotation)}{', not empty' if kind == 'too_short' else ''}"
     text = str(entry["msg"]).replace("Input should be", "must be")
     if kind == "plugin" and len(place) == 2 and place[0] in NAMED:
@@ -336,10 +335,11 @@ def _text(entry: Any, place: Place, layer: Layer) -> str:
 
 def _unknown_key(place: Place, layer: Layer) -> str:
     above, key = place[:-1], str(place[-1])
-    owner = registry.class_of(registry.annotation_at(Run, above, layer.values), _value_at(above, layer.values))
+    annotation = registry.annotation_at(layer.root, above, layer.values)
+    owner = registry.class_of(annotation, reduce(getitem, above, layer.values))
     known = list(owner.model_fields) if owner else []
     namesakes: dict[str, str] = {}
-    for path, _, choice in registry.fields_of(Run):
+    for path, _, choice in registry.fields_of(layer.root):
         if path == _dotted(place):
             return f"unknown key here; it belongs to type: {choice}. Known: {', '.join(known)}"
         if path.split(".")[-1] == key:

@@ -29,6 +29,7 @@ KINDS = {
     "algorithms": "Algorithm",
     "rewards": "Reward",
     "regularizers": "Regularizer",
+    "evaluation.suites": "Suite",
 }
 """Package under `t2irl` -> base class in its `base` module."""
 

@@ -7,15 +7,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 from torch import Tensor
 
-from t2irl.utils.tracking import write_atomic
+from t2irl.evaluation.text import clean, draw, ellipsise, length, right_to_left, wrap
+from t2irl.utils.files import write_atomic
 
 SMALL, LARGE = 128, 512
 """Smallest and largest side at which pictures are shown, in pixels."""
@@ -23,15 +23,6 @@ _INK, _QUIET, _LINE, _CARD, _PAGE = "#1b1f24", "#667080", "#d8dde3", "#ffffff", 
 _PAD, _GAP, _MARGIN = 10, 12, 20
 _PROMPT_SIZE, _SCORE_SIZE, _TITLE_SIZE = 14, 13, 20
 _PROMPT_LINES, _PROMPT_CHARACTERS = 3, 400
-_FALLBACK_FONTS = (
-    "NotoSansCJK-Regular.ttc",
-    "NotoSans-Regular.ttf",
-    "DejaVuSans.ttf",
-    "msgothic.ttc",
-    "Arial Unicode.ttf",
-)
-"""Tried, where installed, for a text that Pillow's own font lacks letters of."""
-
 Box = tuple[int, int, int, int]
 
 
@@ -105,12 +96,6 @@ def draw_pairs(
     _save(page, path, {"title": clean(title), "prompts": list(prompts)})
 
 
-def clean(text: str) -> str:
-    """A text on one line that every font and encoder takes: no control characters, no lone surrogates."""
-    text = text.encode("utf-8", "replace").decode()
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
 def _number(value: float) -> float | None:
     """JSON has no NaN."""
     return float(value) if math.isfinite(value) else None
@@ -141,15 +126,14 @@ def _resize(picture: Image.Image) -> Image.Image:
 
 def _paint(rows: list[list[_Card]], title: str) -> tuple[Image.Image, list[Box]]:
     """Draw rows of cards; returns the page and the place of each picture (left, top, right, bottom), in order."""
-    rows = [[_Card(c.prompt, c.tiles, _wrap(clean(c.prompt), _card_width(c) - 2 * _PAD)) for c in row] for row in rows]
+    rows = [[_Card(c.prompt, c.tiles, _lines(c)) for c in row] for row in rows]
     heights = [max(_card_height(c) for c in row) for row in rows]
     width = max(sum(_card_width(c) + _GAP for c in row) for row in rows) - _GAP + 2 * _MARGIN
     top = _MARGIN + (_TITLE_SIZE + 16 if title else 0)
     page = Image.new("RGB", (width, top + sum(h + _GAP for h in heights) - _GAP + _MARGIN), _PAGE)
     pen = ImageDraw.Draw(page)
     if title:
-        line = _ellipsise(title, _font(_TITLE_SIZE, title), width - 2 * _MARGIN)
-        pen.text((_MARGIN, _MARGIN - 4), line, _INK, _font(_TITLE_SIZE, title))
+        draw(page, (_MARGIN, _MARGIN - 4), ellipsise(title, _TITLE_SIZE, width - 2 * _MARGIN), _INK, _TITLE_SIZE)
     boxes: list[Box] = []
     for row, height in zip(rows, heights, strict=True):
         left = _MARGIN
@@ -167,7 +151,7 @@ def _paint_card(page: Image.Image, pen: ImageDraw.ImageDraw, card: _Card, left: 
     for tile in card.tiles:
         y, (w, h) = top, tile.picture.size
         if tile.head:
-            pen.text((x, y - 2), tile.head, _QUIET, _font(_SCORE_SIZE))
+            draw(page, (x, y - 2), tile.head, _QUIET, _SCORE_SIZE)
             y += _SCORE_SIZE + 6
         page.paste(tile.picture, (x, y))
         pen.rectangle((x - 1, y - 1, x + w, y + h), outline=_LINE)
@@ -175,15 +159,16 @@ def _paint_card(page: Image.Image, pen: ImageDraw.ImageDraw, card: _Card, left: 
         y += h + 5
         for name, value in tile.scores.items():
             number = _format(value)
-            room = w - pen.textlength(number, _font(_SCORE_SIZE)) - 8
-            pen.text((x, y), _ellipsise(name, _font(_SCORE_SIZE, name), room), _QUIET, _font(_SCORE_SIZE, name))
-            pen.text((x + w, y), number, _INK, _font(_SCORE_SIZE), anchor="ra")
+            room = w - length(number, _SCORE_SIZE) - 8
+            draw(page, (x, y), ellipsise(name, _SCORE_SIZE, room), _QUIET, _SCORE_SIZE)
+            draw(page, (x + w, y), number, _INK, _SCORE_SIZE, right=True)
             y += _SCORE_SIZE + 4
         x += w + _PAD
     y = top + max(_tile_height(tile) for tile in card.tiles) + 6
-    font = _font(_PROMPT_SIZE, "".join(card.lines))
+    end = left + _card_width(card) - 2 * _PAD
     for line in card.lines:
-        pen.text((left, y), line, _INK, font)
+        backwards = right_to_left(line)
+        draw(page, (end if backwards else left, y), line, _INK, _PROMPT_SIZE, right=backwards)
         y += _PROMPT_SIZE + 4
     return boxes
 
@@ -198,6 +183,11 @@ def _card_height(card: _Card) -> int:
     return 2 * _PAD + max(_tile_height(tile) for tile in card.tiles) + 6 + lines
 
 
+def _lines(card: _Card) -> list[str]:
+    width = _card_width(card) - 2 * _PAD
+    return wrap(clean(card.prompt), _PROMPT_SIZE, width, _PROMPT_LINES, _PROMPT_CHARACTERS)
+
+
 def _card_width(card: _Card) -> int:
     return sum(tile.picture.width + _PAD for tile in card.tiles) + _PAD
 
@@ -206,82 +196,6 @@ def _format(value: float) -> str:
     if not math.isfinite(value):
         return "n/a"
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    """Break a text into at most `_PROMPT_LINES` lines of `width` pixels; what does not fit ends in an ellipsis."""
-    text = text[:_PROMPT_CHARACTERS]
-    font = _font(_PROMPT_SIZE, text)
-    lines = [""]
-    words = [piece for word in text.split() for piece in _pieces(word, font, width)]
-    for word in words:
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-        elif len(lines) == _PROMPT_LINES:
-            lines[-1] = _ellipsise(f"{longer} …", font, width)
-            break
-        else:
-            lines.append(word)
-    return lines
-
-
-def _pieces(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """A word cut where it is wider than a line, as text without spaces is."""
-    pieces = [""]
-    for letter in word:
-        if pieces[-1] and font.getlength(pieces[-1] + letter) > width:
-            pieces.append("")
-        pieces[-1] += letter
-    return pieces
-
-
-def _ellipsise(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
-
-
-@cache
-def _load(name: str | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont | None:
-    if name is None:
-        return ImageFont.load_default(size)
-    try:
-        return ImageFont.truetype(name, size)
-    except OSError:  # not installed
-        return None
-
-
-def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font, or an installed one that has the letters that it lacks."""
-    default = _load(None, size)
-    assert default is not None
-    letters = frozenset(text.replace(" ", ""))
-    if text.isascii() or _covers(None, letters):
-        return default
-    for name in _FALLBACK_FONTS:
-        font = _load(name, size)
-        if font is not None and _covers(name, letters):
-            return font
-    return default
-
-
-@cache
-def _covers(name: str | None, letters: frozenset[str]) -> bool:
-    """Whether a font draws every letter as something else than the sign for a missing one."""
-    font = _load(name, 24)
-    if font is None:
-        return False
-    missing = _drawn("\ue0ff", font)  # private use: no font has it
-    return all(_drawn(letter, font) != missing for letter in letters)
-
-
-def _drawn(letter: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> bytes:
-    page = Image.new("L", (48, 48))
-    ImageDraw.Draw(page).text((4, 4), letter, 255, font)
-    return page.tobytes()
 
 
 def _save(page: Image.Image, path: Path, notes: dict[str, object]) -> None:

@@ -12,8 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,9 @@ import yaml
 from PIL import Image
 
 from t2irl.config import Run
-from t2irl.errors import ConfigError, RunError
+from t2irl.errors import ConfigError
+from t2irl.utils.files import write_atomic as write_atomic
+from t2irl.utils.files import writing as _writing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -234,28 +235,3 @@ def _git_state() -> dict[str, Any] | None:
         return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all. Raises RunError (disk full, no permission)."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with _writing(path), part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        with _writing(path):
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn a failure of the file system into an error that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}. Free space or permissions are needed there"
-        ) from error

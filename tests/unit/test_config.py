@@ -296,7 +296,7 @@ def test_dump_and_load_give_an_equal_run(files: Files, text: str) -> None:
     assert plain["rollout"]["negative_prompt"] == text and plain["optimizer"]["lr"] == 1e-9
 
 
-@pytest.mark.parametrize("kind, name", [(kind, name) for kind in registry.KINDS for name in registry.names(kind)])
+@pytest.mark.parametrize("kind, name", [(k, n) for k in registry.KINDS if "." not in k for n in registry.names(k)])
 def test_every_plugin_survives_a_round_trip(files: Files, kind: str, name: str) -> None:
     required = {key: "x" for key, field in registry.find(kind, name).Config.model_fields.items() if field.is_required()}
     entry = required | {"type": name} | NEEDS.get(name, {})

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from t2irl.evaluation.grids import LARGE, SMALL, _font, _wrap, clean, draw_grid, draw_pairs
+from t2irl.evaluation.grids import LARGE, SMALL, draw_grid, draw_pairs
+from t2irl.evaluation.text import clean, length, wrap
 
 HOSTILE = [
     "日本語のプロンプト" * 20,
@@ -98,13 +99,13 @@ def test_clean_keeps_one_printable_line() -> None:
     "text", ["a purple triangle left of a yellow star on a gray background " * 3, "w" * 200, "日本" * 90]
 )
 def test_labels_fit_their_width_and_end_in_an_ellipsis(text: str) -> None:
-    lines = _wrap(text, 180)
+    lines = wrap(text, 14, 180, 3, 400)
     assert len(lines) == 3 and lines[-1].endswith("…")
-    assert all(_font(14, text).getlength(line) <= 180 for line in lines)
+    assert all(length(line, 14) <= 180 for line in lines)
 
 
 def test_a_short_label_stays_whole() -> None:
-    assert _wrap("two red stars", 180) == ["two red stars"]
+    assert wrap("two red stars", 14, 180, 3, 400) == ["two red stars"]
 
 
 def test_a_grid_of_24_is_drawn_in_half_a_second(tmp_path: Path) -> None:
