@@ -20,7 +20,7 @@ def prefs(argv: Sequence[str]) -> int:
     """Run `t2irl prefs` with these words; returns the exit code."""
     parser = Parser(prog="t2irl prefs", description="Collect human preferences and use them.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_make, _serve, _stats):
+    for add in (_make, _serve, _stats, _export, _import, _formats):
         add(commands)
     arguments = parser.parse_args(list(argv))
     run: Callable[[argparse.Namespace], None] = arguments.run
@@ -161,3 +161,54 @@ def _run_stats(a: argparse.Namespace) -> None:
     if a.json is not None:
         write_text(a.json, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     _say(as_text(summary))
+
+
+# --------------------------------------------------------------------------------------------------- export and import
+def _export(commands: argparse._SubParsersAction) -> None:
+    p = _sub(commands, "export", "write judgements in a format of other tools", _run_export)
+    p.add_argument("source", type=Path, metavar="STUDY|FILE", help="a study's folder, or a file of records")
+    p.add_argument("--format", required=True, metavar="NAME", help="see `t2irl prefs formats`")
+    p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder")
+    p.add_argument(
+        "--axis",
+        metavar="AXIS",
+        help="this one alone; needed where a format says nothing of axes and there are several",
+    )
+    p.add_argument("--checks", action="store_true", help="gold pairs and repetitions as well")
+    p.add_argument(
+        "--waiting",
+        action="store_true",
+        help="pairs that nobody has judged as well, for formats of annotation platforms",
+    )
+
+
+def _run_export(a: argparse.Namespace) -> None:
+    from t2irl.preferences.convert import export
+
+    _say(export(a.source, a.format, a.out, a.axis, a.checks, a.waiting))
+
+
+def _import(commands: argparse._SubParsersAction) -> None:
+    p = _sub(commands, "import", "read judgements of other tools into our own records", _run_import)
+    p.add_argument("source", type=Path, metavar="FILE|FOLDER", help="data in that format")
+    p.add_argument("--format", required=True, metavar="NAME", help="see `t2irl prefs formats`")
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="new folder, for records.jsonl and images/"
+    )
+    p.add_argument("--licence", default="", help="of the data, kept in every record that names none")
+
+
+def _run_import(a: argparse.Namespace) -> None:
+    from t2irl.preferences.convert import bring_in
+
+    _say(bring_in(a.source, a.format, a.out, a.licence))
+
+
+def _formats(commands: argparse._SubParsersAction) -> None:
+    _sub(commands, "formats", "list the formats, and what each of them loses", _run_formats)
+
+
+def _run_formats(a: argparse.Namespace) -> None:
+    from t2irl.preferences.convert import describe_formats
+
+    _say(describe_formats())

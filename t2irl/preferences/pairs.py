@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import math
 import secrets
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import Field, NonNegativeInt, ValidationError
 
 from t2irl.errors import ConfigError, DataError
-from t2irl.preferences.record import AXES, Axis, Side, first_fault, json_lines
+from t2irl.preferences.record import AXES, Axis, Side, first_fault, json_lines, new_folder
 from t2irl.preferences.study import IMAGES, Item, Settings, Study
 from t2irl.strict import Strict
 
@@ -121,21 +120,13 @@ def make_study(
     say: Callable[[str], None] = lambda text: None,
 ) -> Study:  # fmt: skip
     """Choose pairs, copy their pictures and write the study. Raises ConfigError or DataError."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"--out = {out}: there is something already; a study is made once, choose a new folder")
     rows = _choose(read_evaluations(folders), plan)
     settings = Settings(
         name=name or out.name, axes=plan.axes, seed=plan.seed, salt=secrets.token_hex(16), licence=licence,
         created_at=datetime.now(timezone.utc),
     )  # fmt: skip
-    # Made beside its place and moved there at the end: a study is there whole or not at all.
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with new_folder(out) as part:
         Study(part, settings, tuple(_items(rows, plan, _Copier(part), say))).save()
-        part.replace(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return Study.load(out)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any, Literal, get_args
 from pydantic import AwareDatetime, Field, NonNegativeInt, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from t2irl.errors import DataError, RunError
+from t2irl.errors import ConfigError, DataError, RunError
 from t2irl.strict import Strict
 
 Axis = Literal["overall", "alignment", "quality", "artifact"]
@@ -181,6 +183,21 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         raise RunError(f"cannot make the folder {path.parent}: {error.strerror or error}") from error
     write_atomic(path, text.encode())
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside its place, moved there once it is complete. Raises ConfigError where something is already."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"--out = {out}: there is something already; choose a new folder")
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.replace(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def json_lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:

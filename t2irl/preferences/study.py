@@ -184,7 +184,9 @@ class Study:
                 )  # fmt: skip
                 records.append(self._record(item, shas, given))
         if waiting:
-            records += [self._record(i, shas, {"id": i.id}) for i in self.items if i.id not in answered]
+            records += [
+                self._record(i, shas, {"id": i.id, "shown_left": i.left}) for i in self.items if i.id not in answered
+            ]
         return Preferences(tuple(records), self.folder)
 
     def _record(self, item: Item, shas: dict[str, str], given: Mapping[str, object]) -> Record:
