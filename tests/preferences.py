@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from t2irl.preferences.pairs import Plan, make_study
+from t2irl.preferences.record import Record, file_sha
 from t2irl.preferences.study import Study
 
 HOSTILE = (
@@ -23,6 +24,7 @@ HOSTILE = (
 """Captions that a page must show as they are."""
 
 
+PICTURES = 4
 PLAN = Plan()
 """As a user gets it without options."""
 
@@ -59,3 +61,18 @@ def write_study(
     """A study of some methods."""
     evaluations = [write_evaluation(folder / name, name, prompts, images) for name in methods]
     return make_study(evaluations, folder / "study", plan)
+
+
+def write_pool(folder: Path) -> Path:
+    """`PICTURES` pictures named by number, PNG and JPEG."""
+    for k in range(PICTURES):
+        pixels = np.random.default_rng(k).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{k}", format="PNG" if k % 2 else "JPEG")
+    return folder
+
+
+def with_shas(found: list[Record], pool: Path) -> list[Record]:
+    """With the hashes of their pictures."""
+    return [
+        r.model_copy(update=dict(sha_a=file_sha(pool / r.image_a), sha_b=file_sha(pool / r.image_b))) for r in found
+    ]
