@@ -93,6 +93,7 @@ def _parser() -> Parser:
     commands.add_parser("eval", help="measure checkpoints, exports and the base model on a suite of prompts")
     commands.add_parser("grid", help="pictures of an evaluation side by side, with their scores")
     commands.add_parser("compare", help="compare runs: held-out table, over-optimisation, pictures side by side")
+    commands.add_parser("prefs", help="human preferences: pairs, a page to judge them on, formats, statistics, a reward")
     commands.add_parser("fields", help="list every field of a config", description="List every field of a config.")
     return parser
 
@@ -129,6 +130,10 @@ def _dispatch(argv: list[str]) -> int:
         from t2irl.evaluation import commands
 
         return commands.run(argv[0], argv[1:])
+    if argv[:1] == ["prefs"]:
+        from t2irl.preferences.command import prefs
+
+        return prefs(argv[1:])
     known, overrides = split(argv)
     arguments = _parser().parse_args(known)
     # Whatever is imported below is not needed to print help.

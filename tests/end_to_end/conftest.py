@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.end_to_end.runs import base_config
+from tests.preference_server import Server
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +22,17 @@ def model(sd3_folder: Callable[..., Path]) -> Path:
 def config(tmp_path: Path, model: Path) -> Path:
     """The config of a run in `tmp_path`/run."""
     return base_config(tmp_path, model)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Server]]:
+    """Starts annotation servers, and ends them."""
+    servers: list[Server] = []
+
+    def make(*args: Any, **kwargs: Any) -> Server:
+        servers.append(Server(*args, **kwargs))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.kill()
