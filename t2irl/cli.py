@@ -7,6 +7,7 @@ read, written or continued, 4 the run had to stop, 128 + n signal n arrived, 1 a
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -89,14 +90,32 @@ def _parser() -> Parser:
     check.add_argument("--processes", type=int, default=None, metavar="N", help="number of processes (default: 1)")
     for command in (train, check):
         command.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="YAML files, merged left to right")
-    commands.add_parser("hacklab", help="compare methods by a grid of runs: how does each of them hack its reward?")
-    commands.add_parser("eval", help="measure checkpoints, exports and the base model on a suite of prompts")
-    commands.add_parser("grid", help="pictures of an evaluation side by side, with their scores")
-    commands.add_parser("compare", help="compare runs: held-out table, over-optimisation, pictures side by side")
-    commands.add_parser("prefs", help="human preferences: pairs, a page to judge them on, formats, statistics, a reward")
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text)
     commands.add_parser("fields", help="list every field of a config", description="List every field of a config.")
     return parser
 
+
+COMMANDS = {
+    "hacklab": (
+        "t2irl.hacklab.command:hacklab",
+        "compare methods by a grid of runs: how does each of them hack its reward?",
+    ),
+    "eval": (
+        "t2irl.evaluation.eval_command:evaluate_command",
+        "measure checkpoints, exports and the base model on a suite of prompts",
+    ),
+    "grid": ("t2irl.evaluation.grid_command:grid_command", "pictures of an evaluation side by side, with their scores"),
+    "compare": (
+        "t2irl.evaluation.compare_command:compare_command",
+        "compare runs: held-out table, over-optimisation, pictures side by side",
+    ),
+    "prefs": (
+        "t2irl.preferences.command:prefs",
+        "human preferences: pairs, a page to judge them on, formats, statistics, a reward",
+    ),
+}
+"""Commands with options of their own: the function that takes their words and returns the exit code, and what `--help` says."""
 
 OPTIONS = {"--resume": True, "--processes": True, "--print-config": False, "--help": False, "--version": False}
 """What is not an override, and whether it takes a value."""
@@ -122,18 +141,9 @@ def split(arguments: Sequence[str], options: Mapping[str, bool] = OPTIONS) -> tu
 
 
 def _dispatch(argv: list[str]) -> int:
-    if argv[:1] == ["hacklab"]:  # has options of its own
-        from t2irl.hacklab.command import hacklab
-
-        return hacklab(argv[1:])
-    if argv[:1] in (["eval"], ["grid"], ["compare"]):
-        from t2irl.evaluation import commands
-
-        return commands.run(argv[0], argv[1:])
-    if argv[:1] == ["prefs"]:
-        from t2irl.preferences.command import prefs
-
-        return prefs(argv[1:])
+    if argv and argv[0] in COMMANDS:
+        module, _, function = COMMANDS[argv[0]][0].partition(":")
+        return getattr(importlib.import_module(module), function)(argv[1:])
     known, overrides = split(argv)
     arguments = _parser().parse_args(known)
     # Whatever is imported below is not needed to print help.
