@@ -42,9 +42,9 @@ def small(path: Path, model: Path, data: dict[str, Path], run_dir: Path) -> list
     settings = {
         "run_dir": run_dir, "iterations": 2, "data.prompts": data["folder"] / "train.txt",
         "data.heldout": data["folder"] / "heldout.txt", "model.path": model, "model.precision": "fp32",
-        "model.vae_precision": "fp32", "rollout.prompts": 4, "rollout.group_size": 4, "rollout.batch_size": 16,
-        "update.batch_size": 8, "policy.tune.rank": 4, "policy.tune.alpha": 8, "evaluation.every": 0, "evaluation.images": 4,
-        "evaluation.steps": 4, "grids.every": 0, "grids.prompts": 2, "checkpoints.every": 2, "tracking.trackers": "[]",
+        "model.vae_precision": "fp32", "rollout.prompts": 4, "rollout.group_size": 2, "rollout.batch_size": 8,
+        "update.batch_size": 8, "policy.tune.rank": 4, "policy.tune.alpha": 8, "evaluation.every": 0, "evaluation.images": 2,
+        "evaluation.steps": 4, "grids.every": 0, "grids.prompts": 1, "checkpoints.every": 2, "tracking.trackers": "[]",
         **{f"model.{key}": value for key, value in case.model.items() if key != "type"}, "model.resolution": 16,
     }  # fmt: skip
     run = load_run([path])

@@ -77,8 +77,7 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("other_size", [False, True])
+@pytest.mark.parametrize(("other_size", "guidance"), [(False, 3.0), (True, 1.0)])
 @pytest.mark.parametrize("name", NEW)
 def test_rollout_is_the_stock_pipelines(tiny_folder: Folder, name: str, other_size: bool, guidance: float) -> None:
     folder = tiny_folder(name)
