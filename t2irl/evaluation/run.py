@@ -8,6 +8,7 @@ import torch
 import yaml
 from accelerate import PartialState
 
+from t2irl.data import load_prompts
 from t2irl.errors import ConfigError
 from t2irl.evaluation.eval_page import write_page
 from t2irl.evaluation.features import Features
@@ -15,7 +16,8 @@ from t2irl.evaluation.generate import generate, plan
 from t2irl.evaluation.score import score, score_groups
 from t2irl.evaluation.settings import Evaluated
 from t2irl.evaluation.store import Store
-from t2irl.evaluation.subjects import resolve
+from t2irl.evaluation.subjects import Subject, resolve
+from t2irl.evaluation.suites.base import Prompt
 from t2irl.evaluation.summary import imported_scores, refuse_impossible, summarise
 from t2irl.evaluation.tables import write_tables
 from t2irl.launch import on_cpu
@@ -48,6 +50,8 @@ def evaluate(settings: Evaluated, words: Sequence[str], stage: str, command: str
         if state.is_main_process:
             print(text, flush=True)
 
+    for warning in trained_on(subjects, prompts):
+        say(f"warning: {warning}")
     say(f"{len(rows)} rows x {len(prompts)} prompts x {images} pictures in {settings.out}")
     with torch.no_grad():
         if stage in ("all", "generate"):
@@ -64,6 +68,23 @@ def evaluate(settings: Evaluated, words: Sequence[str], stage: str, command: str
         _refuse_missing(store, stage)
         say(str(report(settings, store, device, command)))
     distributed.barrier()
+
+
+def trained_on(subjects: Sequence[Subject], prompts: Sequence[Prompt]) -> list[str]:
+    """A sentence on every run that was trained on prompts of the suite: what is measured on them is not held out."""
+    found = []
+    texts = {prompt.text for prompt in prompts}
+    runs = {s.run.data.prompts: s for s in subjects if s.kind in ("average", "trained")}
+    for path, subject in runs.items():
+        if not path.is_file():  # trained elsewhere: nothing to look at
+            continue
+        both = [text for text in dict.fromkeys(load_prompts(path, "data.prompts").texts) if text in texts]
+        if both:
+            found.append(
+                f"{subject.method} was trained on {len(both)} of the suite's {len(texts)} different prompts, so they are not held out, for "
+                f"example {both[0]!r}"
+            )
+    return found
 
 
 def report(settings: Evaluated, store: Store, device: torch.device, command: str) -> object:

@@ -72,10 +72,11 @@ def draw_sheet(
         for row, label in zip(rows, labels, strict=True)
     ]
     width = 2 * MARGIN + LABEL + len(columns) * (side + GAP) - GAP
-    top = MARGIN + (TITLE + 14 if title else 0)
+    said = wrap(clean(title), TITLE, width - 2 * MARGIN, 3, 300) if title else []
+    top = MARGIN + len(said) * (TITLE + 4) + (10 if said else 0)
     page = Image.new("RGB", (width, top + head_height + sum(heights) + MARGIN - GAP), PAGE)
-    if title:
-        draw(page, (MARGIN, MARGIN - 4), ellipsise(clean(title), TITLE, width - 2 * MARGIN), INK, TITLE)
+    for k, line in enumerate(said):
+        draw(page, (MARGIN, MARGIN - 4 + k * (TITLE + 4)), line, INK, TITLE)
     for place, head in enumerate(heads):
         for k, line in enumerate(head):
             draw(page, (_x(place, side), top + k * (HEAD + 4)), line, QUIET, HEAD)

@@ -14,6 +14,7 @@ from t2irl.policy import Policy
 from t2irl.regularizers.base import Regularizer
 from t2irl.rewards.base import Reward
 from t2irl.types import Clock, MicroBatch, Prediction, PromptGroups, Rollout
+from t2irl.utils import distributed
 
 
 class Brightness(Reward):
@@ -22,6 +23,18 @@ class Brightness(Reward):
     def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
         """In [0, 1]."""
         return images.mean((1, 2, 3))
+
+
+class WholeSet(Reward):
+    """Mean of all pictures of a set, of which each process holds a part."""
+
+    per_image = False
+
+    def measure(self, images: Tensor, groups: PromptGroups) -> float:
+        """In [0, 255], equal on all processes."""
+        mine = torch.tensor([images.double().sum(), images.numel() if len(groups) else 0], dtype=torch.float64)
+        total, count = distributed.totals([mine], 2, self.device)
+        return total / count
 
 
 class PartlyFlat(Brightness):

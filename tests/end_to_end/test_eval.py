@@ -125,7 +125,8 @@ def whole(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     folder = tmp_path_factory.mktemp("whole")
     path = folder / "eval.yaml"
     suite = {"type": "prompts", "path": str(runs / "heldout.txt"), "images": 7}
-    path.write_text(yaml.safe_dump({"out": str(folder / "eval"), "suite": suite, "batch_size": 2, "rewards": BRIGHT}))
+    rewards = BRIGHT | {"all": {"type": f"{PLUGINS}:WholeSet"}}
+    path.write_text(yaml.safe_dump({"out": str(folder / "eval"), "suite": suite, "batch_size": 2, "rewards": rewards}))
     assert evaluate(path, "base", f"{runs}/run") == 0
     return path, images(folder / "eval")
 
@@ -137,9 +138,13 @@ def test_two_processes_draw_the_same_bits(runs: Path, whole: tuple[Path, dict[st
     assert code == 0, err
     assert images(tmp_path / "two") == whole[1] and said.count("report.html") == 1
     assert lines(tmp_path / "two") == lines(whole[0].with_name("eval"))
+    tables = [json.loads((out / "table.json").read_text()) for out in (tmp_path / "two", whole[0].with_name("eval"))]
+    assert tables[0]["rows"] == tables[1]["rows"]
+    measures = tables[0]["rows"][1]["measures"]
+    assert measures["set/all"]["mean"] == pytest.approx(255 * measures["score/bright"]["mean"])
 
 
-@pytest.mark.parametrize("killed_after", [1, 25])
+@pytest.mark.parametrize("killed_after", [12])
 def test_killed_at_any_moment_it_goes_on(
     runs: Path, whole: tuple[Path, dict[str, bytes]], tmp_path: Path, killed_after: int
 ) -> None:
@@ -174,6 +179,11 @@ def test_whatever_is_missing_or_cut_off_is_made_again(
     assert evaluate(whole[0], "base", f"{runs}/run", "--out", out) == 0
     assert images(out) == whole[1] and not list(out.rglob(".*.part"))
     assert lines(out) == lines(source)
+
+
+def test_prompts_that_were_trained_on_are_told_of(runs: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(config, f"{runs}/run", f"--suite.path={runs}/train.txt", "--limit=2", "--stage=generate") == 0
+    assert "run was trained on 2 of the suite's 2 different prompts" in capsys.readouterr().out
 
 
 def test_batch_size_and_order_do_not_matter(runs: Path, whole: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
