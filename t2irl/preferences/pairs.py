@@ -306,10 +306,12 @@ class _Copier:
         return f"{IMAGES}/{name}"
 
 
-def axes_from(text: str) -> tuple[Axis, ...]:
-    """Axes from `overall,alignment`. Raises ConfigError."""
+def axes_from(text: str, option: str = "--axes", most: int = len(AXES)) -> tuple[Axis, ...]:
+    """Axes from `overall,alignment`, at most so many. Raises ConfigError that names the option."""
     names = [word.strip() for word in text.split(",")]
-    unknown = [name for name in names if name not in AXES]
-    if unknown or len(set(names)) < len(names):
-        raise ConfigError(f"--axes = {text}: expected some of {','.join(AXES)}, each once")
+    if len(names) > most or len(set(names)) < len(names) or not set(names) <= set(AXES):
+        wanted = "one" if most == 1 else "some"
+        raise ConfigError(
+            f"{option} = {text}: expected {wanted} of {','.join(AXES)}" + (", each once" if most > 1 else "")
+        )
     return tuple(axis for axis in AXES if axis in names)

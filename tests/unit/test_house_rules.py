@@ -91,9 +91,9 @@ def test_imports_go_one_way(path: Path) -> None:
         assert not outside, f"the shapes world stands alone, but imports {outside}"
     elif name_of(path).startswith("t2irl/") and not name_of(path).startswith("t2irl/rewards/"):
         assert not any(inside(m, "t2irl.shapes") for m in found), "the trainer must not know of the shapes world"
-        assert name_of(path).startswith("t2irl/regularizers/") or not any(inside(m, "reward_models") for m in found), (
-            "only t2irl.rewards and t2irl.regularizers may import reward_models"
-        )
+        assert name_of(path).startswith(("t2irl/regularizers/", "t2irl/preferences/")) or not any(
+            inside(m, "reward_models") for m in found
+        ), "only t2irl.rewards, t2irl.regularizers and t2irl.preferences may import reward_models"
 
 
 @pytest.mark.parametrize("module", ["config", "loading", "geometry", "errors", "registry"])
