@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from reward_models.preference import Design, build
 from t2irl.preferences.pairs import Plan, make_study
 from t2irl.preferences.record import Record, file_sha
 from t2irl.preferences.study import Study
@@ -76,3 +79,12 @@ def with_shas(found: list[Record], pool: Path) -> list[Record]:
     return [
         r.model_copy(update=dict(sha_a=file_sha(pool / r.image_a), sha_b=file_sha(pool / r.image_b))) for r in found
     ]
+
+
+def write_preference(folder: Path, backbone: Path | None, clip: Path | None, seed: int = 0) -> Path:
+    """A preference model that has learned nothing."""
+    places = [None if path is None else os.path.relpath(path, folder) for path in (backbone, clip)]
+    model = build(Design(*places, temperature=0.5, offset=0.1), folder, torch.device("cpu"))
+    model.head.reset(seed)
+    model.save(folder, "# untrained\n")
+    return folder

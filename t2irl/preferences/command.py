@@ -20,7 +20,7 @@ def prefs(argv: Sequence[str]) -> int:
     """Run `t2irl prefs` with these words; returns the exit code."""
     parser = Parser(prog="t2irl prefs", description="Collect human preferences and use them.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_make, _serve, _stats, _export, _import, _formats):
+    for add in (_make, _serve, _stats, _export, _import, _formats, _train):
         add(commands)
     arguments = parser.parse_args(list(argv))
     run: Callable[[argparse.Namespace], None] = arguments.run
@@ -212,3 +212,30 @@ def _run_formats(a: argparse.Namespace) -> None:
     from t2irl.preferences.convert import describe_formats
 
     _say(describe_formats())
+
+
+# -------------------------------------------------------------------------------------------------------------- train
+def _train(commands: argparse._SubParsersAction) -> None:
+    p = _sub(commands, "train", "train a reward on judgements, for `type: preference` in a config", _run_train)
+    p.add_argument("source", type=Path, metavar="STUDY|FILE", help="a study's folder, or a file of records")
+    p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the model, new")
+    p.add_argument("--axis", default="overall", help="of the judgements (overall)")
+    p.add_argument("--backbone", type=Path, metavar="FOLDER", help="frozen vision backbone: looks at the picture alone")
+    p.add_argument("--clip", type=Path, metavar="FOLDER", help="frozen CLIP: reads the prompt as well")
+    p.add_argument("--steps", type=_whole(1), default=400, metavar="N", help="most optimiser steps (400)")
+    p.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of the split by prompt and of the head (0)")
+    p.add_argument("--device", default=None, help="cpu, cuda or cuda:N (cuda if there is one)")
+
+
+def _run_train(a: argparse.Namespace) -> None:
+    from t2irl.preferences.pairs import axes_from
+    from t2irl.preferences.study import open_preferences
+    from t2irl.preferences.train import device_of, train_reward
+
+    (axis,) = axes_from(a.axis, "--axis", 1)
+    device, source = device_of(a.device), open_preferences(a.source)
+    found = train_reward(source, a.source, a.out, axis, a.backbone, a.clip, a.steps, a.seed, device, _say)
+    _say(
+        f"{a.out}: accuracy {found.accuracy:.3f} on {found.pairs} pairs of {found.prompts} unseen prompts\n\n{found.table}\n"
+    )
+    _say(f"In a config:\nrewards:\n  people:\n    type: preference\n    path: {a.out}")

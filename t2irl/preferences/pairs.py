@@ -107,11 +107,14 @@ def read_evaluations(folders: Sequence[Path]) -> list[Picture]:
     for drawn, file in found:
         system = f"{drawn.method}@{drawn.checkpoint}" if len(checkpoints[drawn.method]) > 1 else drawn.method
         place = (system, drawn.prompt_id, drawn.image)
-        if places.setdefault(place, file) != file:
+        before = places.setdefault(place, file)
+        if before == file:
+            pictures.append(Picture(drawn, file, system))
+        elif not np.array_equal(pixels_of(before), pixels_of(file)):
             raise DataError(
-                f"{file} and {places[place]} are both image {drawn.image} of prompt {drawn.prompt_id} by {system}"
+                f"{before} and {file} are both image {drawn.image} of prompt {drawn.prompt_id} by {system}, and differ; give only one "
+                "of the two folders, or evaluate both with the same seed and settings"
             )
-        pictures.append(Picture(drawn, file, system))
     return pictures
 
 
@@ -201,14 +204,14 @@ def _plain(rows: Sequence[tuple[Picture, Picture, str, str]], plan: Plan) -> Ite
 def _gold(rows: Sequence[tuple[Picture, Picture]], plan: Plan, copy: _Copier) -> Iterator[Item]:
     """Pairs of a picture and its own tiles dealt anew: worse on every axis."""
     rng, names = np.random.default_rng([plan.seed, DRAWS["gold"]]), _Names(plan.seed, "gold")
-    wanted = round(plan.gold * len(rows))
+    wanted = _checks(plan.gold, len(rows))
     pictures = [p for row in rows for p in row]
     made = 0
     for k in rng.permutation(len(pictures)):
         if made == wanted:
             break
         picture = pictures[k]
-        whole = copy.pixels(picture.file)
+        whole = pixels_of(picture.file)
         broken = scrambled(whole, rng)
         if np.abs(whole.astype(np.float64) - broken).mean() < VISIBLE:
             continue
@@ -223,12 +226,17 @@ def _gold(rows: Sequence[tuple[Picture, Picture]], plan: Plan, copy: _Copier) ->
         raise DataError(f"only {made} of {wanted} gold pairs can be made: most pictures are too plain; lower --gold")
 
 
+def _checks(share: float, pairs: int) -> int:
+    """How many; at least one, where any are wanted."""
+    return max(round(share * pairs), 1 if share else 0)
+
+
 def _repeats(items: Sequence[Item], plan: Plan) -> Iterator[Item]:
     """Some pairs again, with sides swapped."""
     rng, names = np.random.default_rng([plan.seed, DRAWS["repeat"]]), _Names(plan.seed, "repeat")
     plain = [item for item in items if item.gold is None]
     pairs = sorted({item.pair for item in plain})
-    chosen = {pairs[k]: names.next() for k in rng.permutation(len(pairs))[: round(plan.repeat * len(pairs))]}
+    chosen = {pairs[k]: names.next() for k in rng.permutation(len(pairs))[: _checks(plan.repeat, len(pairs))]}
     for item in plain:
         if item.pair in chosen:
             other: Side = "b" if item.left == "a" else "a"
@@ -265,6 +273,15 @@ def scrambled(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return result
 
 
+def pixels_of(file: Path) -> np.ndarray:
+    """(H, W, 3) uint8. Raises DataError."""
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"{file}: cannot be read as a picture: {error}") from error
+
+
 class _Names:
     """Names without meaning, the same for the same seed."""
 
@@ -283,18 +300,10 @@ class _Copier:
         self.folder, self._known = out / IMAGES, dict[Path, str]()
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def pixels(self, file: Path) -> np.ndarray:
-        """(H, W, 3) uint8. Raises DataError."""
-        try:
-            with Image.open(file) as image:
-                return np.asarray(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"{file}: cannot be read as a picture: {error}") from error
-
     def keep(self, file: Path) -> str:
         """Copy a picture; returns its path in the study."""
         if file not in self._known:
-            self._known[file] = self.write(self.pixels(file))
+            self._known[file] = self.write(pixels_of(file))
         return self._known[file]
 
     def write(self, pixels: np.ndarray) -> str:
@@ -306,10 +315,12 @@ class _Copier:
         return f"{IMAGES}/{name}"
 
 
-def axes_from(text: str) -> tuple[Axis, ...]:
-    """Axes from `overall,alignment`. Raises ConfigError."""
+def axes_from(text: str, option: str = "--axes", most: int = len(AXES)) -> tuple[Axis, ...]:
+    """Axes from `overall,alignment`, at most so many. Raises ConfigError that names the option."""
     names = [word.strip() for word in text.split(",")]
-    unknown = [name for name in names if name not in AXES]
-    if unknown or len(set(names)) < len(names):
-        raise ConfigError(f"--axes = {text}: expected some of {','.join(AXES)}, each once")
+    if len(names) > most or len(set(names)) < len(names) or not set(names) <= set(AXES):
+        wanted = "one" if most == 1 else "some"
+        raise ConfigError(
+            f"{option} = {text}: expected {wanted} of {','.join(AXES)}" + (", each once" if most > 1 else "")
+        )
     return tuple(axis for axis in AXES if axis in names)

@@ -22,6 +22,7 @@ from t2irl.types import PromptGroups
 from tests.adversaries import write_dino, write_references
 from tests.artifacts import write_classifier
 from tests.judges import write_qwen
+from tests.preferences import write_preference
 
 NEEDS: dict[str, dict[str, Any]] = {
     "adaptive_reference": {"every": 10},
@@ -82,12 +83,15 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def special(tmp_path_factory: pytest.TempPathFactory, qwen_folder: Path) -> dict[str, dict[str, Any]]:
+def special(
+    tmp_path_factory: pytest.TempPathFactory, qwen_folder: Path, clip_folder: Path, dino_folder: Path
+) -> dict[str, dict[str, Any]]:
     """What rewards need that take another folder than a CLIP or a DINO."""
     classifier = {"path": write_classifier(tmp_path_factory.mktemp("classifier"))}
     return {
         "artifact": classifier,
         "artifact_adaptive": classifier | {"labeller": {"type": "vividness"}},
+        "preference": {"path": write_preference(tmp_path_factory.mktemp("preference"), dino_folder, clip_folder)},
         "artifact_judge": {"path": qwen_folder, "precision": "fp32", "answer_mass": 0},
     }
 

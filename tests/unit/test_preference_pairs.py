@@ -122,6 +122,23 @@ def test_several_checkpoints_of_a_method_are_systems_of_their_own(tmp_path: Path
     assert {(i.model_a, i.model_b) for i in study.items} == {("ours@10", "ours@20")}
 
 
+def test_one_base_in_two_evaluations_is_one_system(tmp_path: Path) -> None:
+    folders = []
+    for name in ("x", "y"):
+        folder = write_evaluation(tmp_path / name, name, PROMPTS[:3])
+        base = write_evaluation(tmp_path / f"{name}base", "base", PROMPTS[:3])
+        for file in base.glob("*.png"):
+            file.rename(folder / file.name)
+        with (folder / "images.jsonl").open("a") as index:
+            index.write((base / "images.jsonl").read_text())
+        folders.append(folder)
+    study = make_study(folders, tmp_path / "s", Plan(gold=0, repeat=0))
+    assert Counter((i.model_a, i.model_b) for i in study.items) == {("base", "x"): 3, ("base", "y"): 3, ("x", "y"): 3}
+    (folders[1] / "base_0_0.png").write_bytes((folders[1] / "base_1_0.png").read_bytes())
+    with pytest.raises(DataError, match="both image 0 of prompt 0 by base, and differ"):
+        make_study(folders, tmp_path / "t", Plan())
+
+
 def test_bad_evaluations_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = write_evaluation(tmp_path / "good", "good", PROMPTS[:4])
     other = write_evaluation(tmp_path / "other", "other", PROMPTS[:4])
