@@ -37,16 +37,6 @@ def sign_test(wins: int, losses: int) -> float:
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """p values corrected for their number by Holm's step-down method."""
-    order = sorted(range(len(p)), key=lambda k: p[k])
-    corrected, highest = [1.0] * len(p), 0.0
-    for rank, k in enumerate(order):
-        highest = max(highest, min(1.0, p[k] * (len(p) - rank)))
-        corrected[k] = highest
-    return corrected
-
-
 def cluster_bootstrap(
     values: ArrayLike, clusters: Sequence[Hashable], seed: int, resamples: int = 10_000, level: float = 0.95
 ) -> Interval:

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 from t2irl.errors import ConfigError, DataError
+from t2irl.evaluation.statistics import holm
 from t2irl.preferences import statistics as s
 from t2irl.preferences.record import AXES, Axis, Record, digest
 
@@ -97,7 +98,7 @@ def _pairs(rows: Sequence[Record], options: Options) -> list[dict[str, Any]]:
             "bootstrap": s.cluster_bootstrap(values, clusters, options.seed, options.resamples, options.level),
             "sign_test": s.sign_test(wins, losses),
         })  # fmt: skip
-    for row, p in zip(found, s.holm([row["sign_test"] for row in found]), strict=True):
+    for row, p in zip(found, holm([row["sign_test"] for row in found]), strict=True):
         row["sign_test_holm"] = p
     return found
 

@@ -43,12 +43,6 @@ def test_sign_test_is_the_binomial_table(wins: int, losses: int, p: float) -> No
     assert s.sign_test(wins, losses) == pytest.approx(exact)
 
 
-def test_holm_steps_down() -> None:
-    assert s.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert s.holm([0.9, 0.9]) == [1.0, 1.0]
-    assert s.holm([]) == []
-
-
 def test_cluster_bootstrap_knows_that_votes_on_a_prompt_are_alike() -> None:
     """Ten equal answers on each of 40 prompts tell as much as 40, not as 400."""
     rng = np.random.default_rng(0)
