@@ -214,7 +214,7 @@ def test_votes_become_records(tmp_path: Path) -> None:
         "s": (item.left, other),
         "t": ("tie", item.left),
         "u": ("both_bad", other),
-        "": (None, None),
+        "": (None, study.items[1].left),
     }
     assert found.records[-1].item == study.items[1].id
     assert all(found.picture(r, "a").is_file() and len(r.sha_a) == 64 and r.ms == 1500 for r in found.records[:4])
