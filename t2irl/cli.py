@@ -90,6 +90,7 @@ def _parser() -> Parser:
     for command in (train, check):
         command.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="YAML files, merged left to right")
     commands.add_parser("hacklab", help="compare methods by a grid of runs: how does each of them hack its reward?")
+    commands.add_parser("serve-reward", help="serve the rewards of a config over HTTP, for runs with `type: remote`")
     commands.add_parser("fields", help="list every field of a config", description="List every field of a config.")
     return parser
 
@@ -122,6 +123,10 @@ def _dispatch(argv: list[str]) -> int:
         from t2irl.hacklab.command import hacklab
 
         return hacklab(argv[1:])
+    if argv[:1] == ["serve-reward"]:
+        from t2irl.serving.command import serve_reward
+
+        return serve_reward(argv[1:])
     known, overrides = split(argv)
     arguments = _parser().parse_args(known)
     # Whatever is imported below is not needed to print help.

@@ -75,12 +75,12 @@ def load_run(files: Sequence[Path | Layer], overrides: Sequence[str] = ()) -> Ru
         raise ConfigError("no config file given; for example: t2irl train configs/tiny/demo.yaml")
     layer = Layer(registry.default_types(Run), {})
     for file in files:
-        layer = _merge(layer, file if isinstance(file, Layer) else read_file(Path(file)))
-    layer = _merge(layer, _override_layer(overrides, layer))
+        layer = merge(layer, file if isinstance(file, Layer) else read_file(Path(file)))
+    layer = merge(layer, override_layer(overrides, layer))
     try:
         return Run.model_validate(layer.values)
     except ValidationError as error:
-        raise ConfigError(_report(error, layer, [str(f) for f in files if not isinstance(f, Layer)])) from error
+        raise ConfigError(report(error, layer, [str(f) for f in files if not isinstance(f, Layer)])) from error
 
 
 def describe_fields() -> str:
@@ -116,10 +116,7 @@ def read_file(path: Path) -> Layer:
 
 
 def _parse(text: str, source: str, numbered: bool = True) -> tuple[Any, dict[Place, str]]:
-    """What YAML text holds, and where each key stands.
-
-    `source` names the text in messages, with line and column if `numbered`.
-    """
+    """What YAML text holds, and where each key stands. `source` names it in messages, with line and column if `numbered`."""
     try:
         reader = _Reader(text)
         node = reader.get_single_node()
@@ -196,7 +193,8 @@ def _drop(origins: dict[Place, str], place: Place) -> None:
         del origins[key]
 
 
-def _merge(below: Layer, above: Layer) -> Layer:
+def merge(below: Layer, above: Layer) -> Layer:
+    """One layer on top of another."""
     origins = dict(below.origins)
     values = _merged(below.values, above.values, (), origins)
     return Layer(values, origins | above.origins)
@@ -237,7 +235,7 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[Place, str]]:
         yield tuple(key.split(".")), text
 
 
-def _override_layer(arguments: Sequence[str], below: Layer) -> Layer:
+def override_layer(arguments: Sequence[str], below: Layer) -> Layer:
     """Overrides as one more layer. Text and path fields take their value as typed, all others as YAML."""
     layer = Layer({}, {})
     pairs = list(_pairs(arguments))
@@ -245,7 +243,7 @@ def _override_layer(arguments: Sequence[str], below: Layer) -> Layer:
         _set(layer.values, place, text)
         layer.origins.update({place[:n]: f"--{_dotted(place)}" for n in range(1, len(place) + 1)})
     # Which field a key stands for depends on the types of plugins, so on files and overrides together.
-    whole = _merge(below, layer).values
+    whole = merge(below, layer).values
     for place, text in pairs:
         if registry.unpack(registry.annotation_at(Run, place, whole))[0] not in (str, Path):
             _set(layer.values, place, _parse(text, f"--{_dotted(place)} {text}", numbered=False)[0])
@@ -269,7 +267,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _report(error: ValidationError, layer: Layer, files: Sequence[str]) -> str:
+def report(error: ValidationError, layer: Layer, files: Sequence[str]) -> str:
     """All problems, one a line. Alternatives of a union that fail on the same value make one problem."""
     problems: dict[str, list[str]] = {}
     for entry in error.errors(include_url=False):
