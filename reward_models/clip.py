@@ -97,7 +97,11 @@ class ClipScorer:
 
     def image_features(self, images: Tensor) -> Tensor:
         """Unit vectors (B, D) of images (B, 3, H, W) in [0, 1]."""
-        pooled = self.model.vision_model(pixel_values=self.preprocess(images).to(self.dtype)).pooler_output
+        return self.seen_features(self.preprocess(images))
+
+    def seen_features(self, pixels: Tensor) -> Tensor:
+        """The same of pictures that are preprocessed already."""
+        pooled = self.model.vision_model(pixel_values=pixels.to(self.dtype)).pooler_output
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
     @torch.no_grad()
