@@ -24,7 +24,7 @@ class AestheticScorer:
     ) -> AestheticScorer:
         """`folder`: a transformers CLIPModel; `head`: `sac+logos+ava1-l14-linearMSE.pth`. Raises OSError or ValueError."""
         clip, stack = ClipScorer.load(folder, device, dtype), LinearStack.of(read_weights(head))
-        width, wanted = clip.model.config.projection_dim, stack.layers[0].weight.shape[1]
+        width, wanted = clip.model.config.projection_dim, stack.width
         if width != wanted:
             raise ValueError(f"the head takes vectors of {wanted}, but this CLIP gives {width}; it belongs to ViT-L/14")
         return cls(clip, stack)

@@ -115,7 +115,7 @@ class LocalJudge:
             AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype=dtype),
             AutoTokenizer.from_pretrained(folder, local_files_only=True),
             AutoImageProcessor.from_pretrained(folder, local_files_only=True, **limit),
-            _template(folder),
+            chat_template(folder),
             device,
         )
 
@@ -172,22 +172,23 @@ class LocalJudge:
             seen = self.image_processor(images=flat, return_tensors="pt")
             more = {"pixel_values": seen["pixel_values"].to(self.model.dtype), "image_grid_thw": seen["image_grid_thw"]}
             counts = (seen["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist()
-            row = self._with_room(row, counts[: len(batch[0])])
+            row = with_room(row, self.pad, counts[: len(batch[0])])
         ids = torch.tensor([row] * len(batch))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
         if self._typed:
             inputs["mm_token_type_ids"] = (ids == self.pad).int()
         return {name: x.to(self.device) for name, x in inputs.items()}
 
-    def _with_room(self, row: list[int], counts: list[int]) -> list[int]:
-        """Each picture's placeholder as often as the picture has tokens."""
-        if row.count(self.pad) != len(counts):
-            raise ValueError(
-                f"the chat template left {row.count(self.pad)} places for {len(counts)} pictures; use the folder of an "
-                "instruction-tuned vision-language model with its chat template"
-            )
-        left = iter(counts)
-        return [t for token in row for t in ([token] * next(left) if token == self.pad else [token])]
+
+def with_room(row: list[int], pad: int, counts: Sequence[int]) -> list[int]:
+    """A row of tokens with each picture's placeholder as often as the picture has tokens. Raises ValueError."""
+    if row.count(pad) != len(counts):
+        raise ValueError(
+            f"the chat template left {row.count(pad)} places for {len(counts)} pictures; use the folder of an "
+            "instruction-tuned vision-language model with its chat template"
+        )
+    left = iter(counts)
+    return [t for token in row for t in ([token] * next(left) if token == pad else [token])]
 
 
 def _single_tokens(tokenizer: Any, word: str) -> list[int]:
@@ -199,7 +200,7 @@ def _single_tokens(tokenizer: Any, word: str) -> list[int]:
     return found
 
 
-def _template(folder: Path) -> str | None:
+def chat_template(folder: Path) -> str | None:
     """The chat template of a folder; None for the tokenizer's own."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ class LinearStack(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
+        self.width = width
         skip = nn.Identity
         self.layers = nn.Sequential(
             nn.Linear(width, 1024), skip(), nn.Linear(1024, 128), skip(), nn.Linear(128, 64), skip(), nn.Linear(64, 16),

@@ -6,11 +6,15 @@ import argparse
 import ipaddress
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from t2irl.cli import OVERRIDES, Parser, split
 from t2irl.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    import torch
 
 OPTIONS = {
     "--host": True, "--port": True, "--token-env": True, "--only": True, "--prompts": True, "--device": True,
@@ -86,7 +90,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _positive(kind: type) -> object:
+def _positive(kind: type) -> Callable[[str], float]:
     def positive(text: str) -> float:
         value = kind(text)
         if not 0 < value < float("inf"):
@@ -118,7 +122,7 @@ def _loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _device(name: str) -> object:
+def _device(name: str) -> torch.device:
     import torch
 
     if name == "auto":
