@@ -13,16 +13,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
+from reward_models.clip_weights import clip_from_open_clip, read_weights
 from reward_models.pixels import fit_square
 
 TEXT_CACHE = 16_384
 """Text features kept, one row per text."""
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Of pixels, in every CLIP of OpenAI and LAION."""
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 """Either set is enough."""
 
 
 class ClipScorer:
-    """A frozen CLIP in float32 with its tokenizer and its one preprocessing.
+    """A frozen CLIP, in float32 unless told otherwise, with its tokenizer and its one preprocessing.
 
     Scores are differentiable with respect to the images; the weights are frozen. Features of texts are computed once and
     kept.
@@ -35,16 +38,19 @@ class ClipScorer:
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ):
-        self.model = model.float().requires_grad_(False).eval().to(device)
-        self.tokenizer, self.device = tokenizer, device
+        self.model = model.to(dtype).requires_grad_(False).eval().to(device)
+        self.tokenizer, self.device, self.dtype = tokenizer, device, dtype
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32, device=device).view(1, 3, 1, 1)
         self.size: int = model.config.vision_config.image_size
+        self.fit = fit_square
+        """How pictures become squares."""
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device) -> ClipScorer:
+    def load(cls, folder: str | Path, device: torch.device, dtype: torch.dtype = torch.float32) -> ClipScorer:
         """Read a transformers CLIPModel folder. Raises OSError or ValueError saying what is missing or wrong."""
         folder = Path(folder)
         missing = [name for name in ("config.json", "preprocessor_config.json") if not (folder / name).is_file()]
@@ -60,17 +66,43 @@ class ClipScorer:
         if absent:
             raise ValueError(f"preprocessor_config.json needs three numbers for {' and '.join(absent)}")
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(_load_model(folder), tokenizer, settings["image_mean"], settings["image_std"], device)
+        return cls(_load_model(folder), tokenizer, settings["image_mean"], settings["image_std"], device, dtype)
+
+    @classmethod
+    def load_open_clip(
+        cls, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, quick_gelu: bool = False
+    ) -> ClipScorer:
+        """Read a folder with one file of open_clip's weights and a tokenizer. Raises OSError or ValueError."""
+        files = sorted(f for f in folder.glob("*") if f.suffix in (".pt", ".pth", ".bin", ".safetensors"))
+        if len(files) != 1:
+            found = ", ".join(f.name for f in files) or "none"
+            raise FileNotFoundError(f"expected one file of weights (.pt, .pth, .bin, .safetensors), found {found}")
+        if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
+            raise FileNotFoundError(
+                "it lacks a tokenizer: vocab.json and merges.txt of any CLIP in transformers format"
+            )
+        model = clip_from_open_clip(read_weights(files[0]), quick_gelu)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return cls(model, tokenizer, MEAN, STD, device, dtype)
+
+    @property
+    def logit_scale(self) -> float:
+        """What cosines are multiplied by before a softmax; about 100 for trained models."""
+        return float(self.model.logit_scale.detach().float().exp())
 
     def preprocess(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], any size -> (B, 3, size, size) normalised: short side resized, centre cut out."""
-        images = fit_square(images.to(self.device).float(), self.size)
+        images = self.fit(images.to(self.device).float(), self.size)
         return (images - self.mean) / self.std
 
     def image_features(self, images: Tensor) -> Tensor:
         """Unit vectors (B, D) of images (B, 3, H, W) in [0, 1]."""
-        pooled = self.model.vision_model(pixel_values=self.preprocess(images)).pooler_output
-        return F.normalize(self.model.visual_projection(pooled), dim=-1)
+        return self.seen_features(self.preprocess(images))
+
+    def seen_features(self, pixels: Tensor) -> Tensor:
+        """The same of pictures that are preprocessed already."""
+        pooled = self.model.vision_model(pixel_values=pixels.to(self.dtype)).pooler_output
+        return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
@@ -83,7 +115,7 @@ class ClipScorer:
                 new, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
             ).input_ids
             pooled = self.model.text_model(input_ids=ids.to(self.device)).pooler_output
-            self._texts.update(zip(new, F.normalize(self.model.text_projection(pooled), dim=-1), strict=True))
+            self._texts.update(zip(new, F.normalize(self.model.text_projection(pooled).float(), dim=-1), strict=True))
         rows = torch.stack([self._texts[text] for text in texts])
         while len(self._texts) > TEXT_CACHE:
             self._texts.popitem(last=False)

@@ -71,6 +71,13 @@ class Judge(Protocol):
         """Log-probability of YES and of NO in any spelling as the first token, for each picture alone: (B, 2) float64."""
         ...
 
+    def log_words(self, pictures: Sequence[Image.Image], instruction: str, words: Sequence[str]) -> Tensor:
+        """Log-probability that the answer begins as each of some words does, in any spelling: (B, words) float64.
+
+        The words must begin with different letters, since a token may be a part of one.
+        """
+        ...
+
     def reply(self, request: str, pictures: Sequence[Image.Image], seed: int, temperature: float, length: int) -> str:
         """Free text about some pictures, shown together, or about none; at most `length` tokens."""
         ...
@@ -108,20 +115,34 @@ class LocalJudge:
             AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype=dtype),
             AutoTokenizer.from_pretrained(folder, local_files_only=True),
             AutoImageProcessor.from_pretrained(folder, local_files_only=True, **limit),
-            _template(folder),
+            chat_template(folder),
             device,
         )
 
-    @torch.no_grad()
     def log_answers(self, pictures: Sequence[Image.Image], instruction: str) -> Tensor:
         """See `Judge`; one forward pass for pictures of equal size."""
-        found = torch.empty(len(pictures), 2, dtype=torch.float64)
+        return self._log_tokens(pictures, instruction, self._answers)
+
+    def log_words(self, pictures: Sequence[Image.Image], instruction: str, words: Sequence[str]) -> Tensor:
+        """See `Judge`."""
+        first = [
+            sorted(
+                {self.tokenizer.encode(way, add_special_tokens=False)[0] for way in spellings(word) if way[0] != " "}
+            )
+            for word in words
+        ]
+        return self._log_tokens(pictures, instruction, first)
+
+    @torch.no_grad()
+    def _log_tokens(self, pictures: Sequence[Image.Image], instruction: str, tokens: Sequence[list[int]]) -> Tensor:
+        """Log-probability of any of several lists of first tokens."""
+        found = torch.empty(len(pictures), len(tokens), dtype=torch.float64)
         for size in dict.fromkeys(picture.size for picture in pictures):  # equal sizes need no padding
             rows = [k for k, picture in enumerate(pictures) if picture.size == size]
             inputs = self._inputs(instruction, [[pictures[k]] for k in rows])
             logits = self.model(**inputs, logits_to_keep=1).logits[:, -1].double()
             log_probs = logits.log_softmax(-1)
-            found[rows] = torch.stack([log_probs[:, ids].logsumexp(-1) for ids in self._answers], 1).cpu()
+            found[rows] = torch.stack([log_probs[:, ids].logsumexp(-1) for ids in tokens], 1).cpu()
         return found
 
     @torch.no_grad()
@@ -151,22 +172,23 @@ class LocalJudge:
             seen = self.image_processor(images=flat, return_tensors="pt")
             more = {"pixel_values": seen["pixel_values"].to(self.model.dtype), "image_grid_thw": seen["image_grid_thw"]}
             counts = (seen["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist()
-            row = self._with_room(row, counts[: len(batch[0])])
+            row = with_room(row, self.pad, counts[: len(batch[0])])
         ids = torch.tensor([row] * len(batch))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
         if self._typed:
             inputs["mm_token_type_ids"] = (ids == self.pad).int()
         return {name: x.to(self.device) for name, x in inputs.items()}
 
-    def _with_room(self, row: list[int], counts: list[int]) -> list[int]:
-        """Each picture's placeholder as often as the picture has tokens."""
-        if row.count(self.pad) != len(counts):
-            raise ValueError(
-                f"the chat template left {row.count(self.pad)} places for {len(counts)} pictures; use the folder of an "
-                "instruction-tuned vision-language model with its chat template"
-            )
-        left = iter(counts)
-        return [t for token in row for t in ([token] * next(left) if token == self.pad else [token])]
+
+def with_room(row: list[int], pad: int, counts: Sequence[int]) -> list[int]:
+    """A row of tokens with each picture's placeholder as often as the picture has tokens. Raises ValueError."""
+    if row.count(pad) != len(counts):
+        raise ValueError(
+            f"the chat template left {row.count(pad)} places for {len(counts)} pictures; use the folder of an "
+            "instruction-tuned vision-language model with its chat template"
+        )
+    left = iter(counts)
+    return [t for token in row for t in ([token] * next(left) if token == pad else [token])]
 
 
 def _single_tokens(tokenizer: Any, word: str) -> list[int]:
@@ -178,7 +200,7 @@ def _single_tokens(tokenizer: Any, word: str) -> list[int]:
     return found
 
 
-def _template(folder: Path) -> str | None:
+def chat_template(folder: Path) -> str | None:
     """The chat template of a folder; None for the tokenizer's own."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -206,22 +228,39 @@ class ServerJudge:
 
     def log_answers(self, pictures: Sequence[Image.Image], instruction: str) -> Tensor:
         """See `Judge`; a spelling that is not among the `top` likeliest tokens counts as impossible."""
-        with ThreadPoolExecutor(self.parallel) as pool:
-            rows = list(pool.map(lambda picture: self._answer(picture, instruction), pictures))
+        rows = [
+            [_log_sum([p for token, p in found if token in spellings(word)]) for word in ("yes", "no")]
+            for found in self._likeliest(pictures, instruction)
+        ]
         return torch.tensor(rows, dtype=torch.float64).view(-1, 2)
 
-    def _answer(self, picture: Image.Image, instruction: str) -> list[float]:
+    def log_words(self, pictures: Sequence[Image.Image], instruction: str, words: Sequence[str]) -> Tensor:
+        """See `Judge`; beginnings that are not among the `top` likeliest tokens count as impossible."""
+        rows = [
+            [
+                _log_sum([p for token, p in found if token.strip() and word.startswith(token.strip().lower())])
+                for word in words
+            ]
+            for found in self._likeliest(pictures, instruction)
+        ]
+        return torch.tensor(rows, dtype=torch.float64).view(-1, len(words))
+
+    def _likeliest(self, pictures: Sequence[Image.Image], instruction: str) -> list[list[tuple[str, float]]]:
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return list(pool.map(lambda picture: self._first_tokens(picture, instruction), pictures))
+
+    def _first_tokens(self, picture: Image.Image, instruction: str) -> list[tuple[str, float]]:
+        """Tokens that the answer may begin with, and their log-probabilities."""
         wanted = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": self.top}
         choice = self._chat(instruction, [picture], wanted)
         try:
-            likeliest = [
+            return [
                 (entry["token"], float(entry["logprob"])) for entry in choice["logprobs"]["content"][0]["top_logprobs"]
             ]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise OSError(
                 f"{self.url} gave no log-probabilities of tokens, which this judge needs (top_logprobs)"
             ) from error
-        return [_log_sum([p for token, p in likeliest if token in spellings(word)]) for word in ("yes", "no")]
 
     def reply(self, request: str, pictures: Sequence[Image.Image], seed: int, temperature: float, length: int) -> str:
         """See `Judge`."""

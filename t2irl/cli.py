@@ -110,6 +110,10 @@ COMMANDS = {
         "t2irl.evaluation.compare_command:compare_command",
         "compare runs: held-out table, over-optimisation, pictures side by side",
     ),
+    "serve-reward": (
+        "t2irl.serving.command:serve_reward",
+        "serve the rewards of a config over HTTP, for runs with `type: remote`",
+    ),
     "prefs": (
         "t2irl.preferences.command:prefs",
         "human preferences: pairs, a page to judge them on, formats, statistics, a reward",

@@ -36,7 +36,7 @@ def show(ctx: Context, parts: Parts, metrics: dict[str, float]) -> None:
         metrics = metrics | {f"heldout/{name}": value for name, value in means.items()} | found
         metrics |= watch(ctx, parts, metrics)
     if due(iteration, run.grids.every, run.iterations):
-        with ctx.timed("grid", run.grids.prompts * run.grids.images):
+        with ctx.timed("grid", run.grids.prompts * run.grids.images), distributed.together(ctx.device):
             draw(ctx, parts)
     parts.family.work.clear()  # counters tell what training costs
     metrics = metrics | ctx.take_seconds()

@@ -83,8 +83,8 @@ def load(root: type[Root], files: Sequence[Path | Layer], overrides: Sequence[st
         raise ConfigError(f"no config file given; for example: {example}")
     layer = Layer(registry.default_types(root), {}, root)
     for file in files:
-        layer = _merge(layer, file if isinstance(file, Layer) else read_file(Path(file)))
-    layer = _merge(layer, _override_layer(overrides, layer))
+        layer = merge(layer, file if isinstance(file, Layer) else read_file(Path(file)))
+    layer = merge(layer, _override_layer(overrides, layer))
     try:
         return root.model_validate(layer.values)
     except ValidationError as error:
@@ -124,7 +124,7 @@ def read_file(path: Path) -> Layer:
 
 
 def _parse(text: str, source: str, numbered: bool = True) -> tuple[Any, dict[Place, str]]:
-    """What YAML text holds, and where each key stands. `source` names the text in messages, with lines if `numbered`."""
+    """What YAML text holds, and where each key stands. `source` names it in messages, with lines if `numbered`."""
     try:
         reader = _Reader(text)
         node = reader.get_single_node()
@@ -201,9 +201,9 @@ def _drop(origins: dict[Place, str], place: Place) -> None:
         del origins[key]
 
 
-def _merge(below: Layer, above: Layer) -> Layer:
-    origins = dict(below.origins)
-    values = _merged(below.values, above.values, (), origins)
+def merge(below: Layer, above: Layer) -> Layer:
+    """One layer on top of another."""
+    values = _merged(below.values, above.values, (), origins := dict(below.origins))
     return Layer(values, origins | above.origins, below.root)
 
 
@@ -250,7 +250,7 @@ def _override_layer(arguments: Sequence[str], below: Layer) -> Layer:
         _set(layer.values, place, text)
         layer.origins.update({place[:n]: f"--{_dotted(place)}" for n in range(1, len(place) + 1)})
     # Which field a key stands for depends on the types of plugins, so on files and overrides together.
-    whole = _merge(below, layer).values
+    whole = merge(below, layer).values
     for place, text in pairs:
         if registry.unpack(registry.annotation_at(below.root, place, whole))[0] not in (str, Path):
             _set(layer.values, place, _parse(text, f"--{_dotted(place)} {text}", numbered=False)[0])

@@ -56,6 +56,7 @@ class Parts:
         """State besides the policy's weights and the clock."""
         found = {name: state for name, r in self.regularizers.items() if (state := r.state_dict())}
         combined = {"combine": state} if (state := self.pipeline.state_dict()) else {}
+        combined |= {"heldout": state} if (state := self.heldout.state_dict()) else {}
         return {
             "optimizer": self.optimizer.state_dict(), "rewards": self.rewards.state_dict(), "regularizers": found, **combined
         }  # fmt: skip
@@ -64,6 +65,7 @@ class Parts:
         """Restore what `state_dict` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.rewards.load_state_dict(state["rewards"])
+        self.heldout.load_state_dict(state.get("heldout", {}))
         self.pipeline.load_state_dict(state.get("combine", {}))
         for name, saved in state["regularizers"].items():
             self.regularizers[name].load_state_dict(saved)
@@ -127,7 +129,7 @@ def train(run: Run, *, resume: str = "auto") -> Path:
             with ctx.timed("rollout", len(groups)) as advance:
                 trajectory = rollout(policy, groups, levels, window, noise, run.rollout.batch_size, advance=advance)
             # 2. Score: {name: (B,)}; NaN means "does not apply".
-            with ctx.timed("score", 1):
+            with ctx.timed("score", 1), distributed.together(ctx.device):
                 scores = parts.rewards.score(trajectory.images, groups)
             if ctx.stop_requested():  # nothing has changed since the iteration began
                 raise ctx.interrupted(ctx.save(parts))

@@ -73,10 +73,11 @@ class BaseScores:
 def base_scores(parts: Parts, names: Sequence[str], lines: Sequence[int], members: Sequence[int]) -> dict[str, Tensor]:
     """Scores (N,) float64 of base-model images of the prompts `lines`, of all processes, in order."""
     table: dict[str, list[float]] = {name: [] for name in names}
-    for groups, images in base_images(parts, lines, members):
-        for name, values in parts.rewards.score(images, groups).items():
-            if name in table:
-                table[name] += values.double().tolist()
+    with distributed.together(parts.rewards.device):
+        for groups, images in base_images(parts, lines, members):
+            for name, values in parts.rewards.score(images, groups).items():
+                if name in table:
+                    table[name] += values.double().tolist()
     everyone = distributed.gather_objects(table)
     return {name: torch.tensor([x for part in everyone for x in part[name]], dtype=torch.float64) for name in names}
 

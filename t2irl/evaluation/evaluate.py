@@ -57,7 +57,9 @@ def evaluate(
     groups, images = sampled.groups, sampled.images
     means: dict[str, float] = {}
     for reward_set in rewards:
-        for name, values in reward_set.score(images, groups).items():
+        with distributed.together(policy.family.device):
+            scores = reward_set.score(images, groups)
+        for name, values in scores.items():
             applies = values[~values.isnan()].double()
             table = distributed.gather_rows(
                 torch.stack([applies.sum(), torch.tensor(float(len(applies)), dtype=torch.float64)])[None],

@@ -45,9 +45,11 @@ def monitor(
     with policy.averaged():
         trajectory = sample_fixed(policy, run, prompts, len(prompts) * run.monitors.images, noise, advance, part)
     mine: dict[str, Any] = {}
-    if len(trajectory.groups):
-        images, groups = trajectory.images, trajectory.groups
-        mine["scores"] = [reward_set.score(images, groups) for reward_set in rewards]
+    images, groups = trajectory.images, trajectory.groups
+    with distributed.together(policy.family.device):
+        scores = [reward_set.score(images, groups) for reward_set in rewards] if len(groups) else []
+    if len(groups):
+        mine["scores"] = scores
         mine["features"] = coarse_pixels(images.cpu())
         mine["ids"] = torch.tensor(groups.ids)
         mine["kl"] = path_kl(policy, trajectory, noise, run.rollout.batch_size)

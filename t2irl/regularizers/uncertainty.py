@@ -172,7 +172,9 @@ class Uncertainty(Regularizer):
             columns[self.names[0]] += [rollout.scores[name] for name in c.members]
         for number in range(1, c.evaluations if c.estimator in SETTINGS["evaluations"] else 1):
             images = self._version(rollout, number)
-            for name, scores in self.rewards.score(images, trajectory.groups).items():
+            with distributed.together(device):
+                found = self.rewards.score(images, trajectory.groups)
+            for name, scores in found.items():
                 columns[name].append(distributed.gather_rows(scores, device))
         return {name: torch.stack(values, 1).double() for name, values in columns.items()}
 

@@ -214,7 +214,7 @@ class ArtifactAdaptive(Artifact):
         pictures = torch.stack([x.picture for x in chosen])
         texts = list(dict.fromkeys(x.text for x in chosen))
         groups = PromptGroups.of(texts, [texts.index(x.text) for x in chosen], [x.member for x in chosen])
-        with torch.no_grad():
+        with torch.no_grad(), distributed.together(self.device):
             rated = self.labeller.score(pictures.to(self.device).float().div(255), groups).double().cpu()
         rated = distributed.gather_objects(rated)[0]  # a judge may differ in rounding
         clear = (rated >= self.config.clean_above) | (rated < self.config.broken_below)

@@ -117,10 +117,10 @@ def make_judge(config: Any, device: torch.device) -> Judge:
         try:
             return LocalJudge.load(config.path, device, DTYPES[config.precision], config.max_pixels)
         except (OSError, ValueError) as error:
-            raise DataError(f"reward artifact_judge: path = {config.path}: {error}") from error
+            raise DataError(f"reward {config.type}: path = {config.path}: {error}") from error
     if config.server is None:
         raise ConfigError(
-            "reward artifact_judge: path and server are both missing; give path: FOLDER of a vision-language model, or "
+            f"reward {config.type}: path and server are both missing; give path: FOLDER of a vision-language model, or "
             "server: http://HOST:PORT/v1 of an OpenAI-compatible server"
         )
     key = None
@@ -128,13 +128,13 @@ def make_judge(config: Any, device: torch.device) -> Judge:
         key = os.environ.get(config.api_key_env)
         if not key:
             raise ConfigError(
-                f"reward artifact_judge: api_key_env = {config.api_key_env}: no such environment variable, or it is empty; "
+                f"reward {config.type}: api_key_env = {config.api_key_env}: no such environment variable, or it is empty; "
                 "set it before the run"
             )
     try:
         return ServerJudge(config.server, config.model, key, config.timeout, config.tries, config.parallel)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"reward artifact_judge: server = {config.server}: {error}") from error
+        raise DataError(f"reward {config.type}: server = {config.server}: {error}") from error
 
 
 def read_instructions(file: Path) -> tuple[str, ...]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from t2irl.errors import RunError, UserError
 from t2irl.types import TrainingImages
 
 
@@ -60,6 +62,27 @@ def any_process(flag: bool, device: torch.device) -> bool:
     value = torch.tensor(int(flag), device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value)
+
+
+@contextmanager
+def together(device: torch.device) -> Iterator[None]:
+    """What fails on one process fails on all, so that none waits for one that is gone.
+
+    Every process enters it, and nothing inside crosses processes. Where the trouble is, the error goes on as it is; the
+    others raise RunError with its words.
+    """
+    mine: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # whatever it is, the others must hear of it; it is raised again below
+        mine = error
+    if any_process(mine is not None, device):
+        words = None if mine is None else str(mine) if isinstance(mine, UserError) else repr(mine)
+        everyone = gather_objects(words)
+        if mine is not None:
+            raise mine
+        first = next(k for k, said in enumerate(everyone) if said is not None)
+        raise RunError(f"process {first}: {everyone[first]}")
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from tests.adversaries import write_dino, write_references
 from tests.artifacts import write_classifier
 from tests.judges import write_qwen
 from tests.preferences import write_preference
+from tests.reward_server import serving
+from tests.reward_weights import head_weights, write_hps, write_image_reward
 
 NEEDS: dict[str, dict[str, Any]] = {
     "adaptive_reference": {"every": 10},
@@ -85,15 +87,24 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def special(
     tmp_path_factory: pytest.TempPathFactory, qwen_folder: Path, clip_folder: Path, dino_folder: Path
-) -> dict[str, dict[str, Any]]:
+) -> Iterator[dict[str, dict[str, Any]]]:
     """What rewards need that take another folder than a CLIP or a DINO."""
     classifier = {"path": write_classifier(tmp_path_factory.mktemp("classifier"))}
-    return {
-        "artifact": classifier,
-        "artifact_adaptive": classifier | {"labeller": {"type": "vividness"}},
-        "preference": {"path": write_preference(tmp_path_factory.mktemp("preference"), dino_folder, clip_folder)},
-        "artifact_judge": {"path": qwen_folder, "precision": "fp32", "answer_mass": 0},
-    }
+    head = tmp_path_factory.mktemp("aesthetic") / "head.pth"
+    torch.save(head_weights(16), head)
+    with serving(tmp_path_factory.mktemp("served"), {"vivid": {"type": "vividness"}}) as server:
+        yield {
+            "remote": {"url": server.url},
+            "clip_score": {"path": clip_folder},
+            "pickscore": {"path": clip_folder},
+            "hpsv2": {"path": write_hps(tmp_path_factory.mktemp("hps"), clip_folder)},
+            "aesthetic": {"path": clip_folder, "head": head},
+            "image_reward": {"path": write_image_reward(tmp_path_factory.mktemp("image_reward"))},
+            "artifact": classifier,
+            "artifact_adaptive": classifier | {"labeller": {"type": "vividness"}},
+            "preference": {"path": write_preference(tmp_path_factory.mktemp("preference"), dino_folder, clip_folder)},
+            "artifact_judge": {"path": qwen_folder, "precision": "fp32", "answer_mass": 0},
+        }
 
 
 @pytest.fixture(scope="session")

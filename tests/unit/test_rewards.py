@@ -24,7 +24,9 @@ from t2irl.types import PromptGroups
 
 CPU = torch.device("cpu")
 ALL = registry.names("rewards")
-NAMES = [name for name in ALL if registry.find("rewards", name).per_image]
+OWN_TESTS = ("geneval", "hpsv3", "ocr", "vlm_score")
+"""Need prompts of their own form, or a server that answers; see their own tests."""
+NAMES = [name for name in ALL if registry.find("rewards", name).per_image and name not in OWN_TESTS]
 PROXIES = ("color_coverage", "vividness", "object_count", "tiny_clip")
 SHAPES_ONLY = ("shapes", "color_coverage", "object_count")
 

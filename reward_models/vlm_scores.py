@@ -1,0 +1,53 @@
+"""Scores asked of a vision-language model: VQAScore, the levels of Q-Align and DeQA, the marks of UnifiedReward."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from reward_models.judges import Judge
+
+VQA = 'Does this figure show "{prompt}"? Please answer yes or no.'
+"""Published question of VQAScore (arXiv 2404.01291)."""
+LEVELS = ("excellent", "good", "fair", "poor", "bad")
+"""From 5 down to 1."""
+RATE = "How would you rate the quality of this image? Answer with one word: excellent, good, fair, poor or bad."
+UNIFIED = (
+    "You are given a text caption and a generated image based on that caption. Your task is to evaluate this image based on "
+    "two key criteria:\n1. Alignment with the Caption: Assess how well this image aligns with the provided caption. Consider "
+    "the accuracy of depicted objects, their relationships, and attributes as described in the caption.\n2. Overall Image "
+    "Quality: Examine the visual quality of this image, including clarity, detail preservation, color accuracy, and overall "
+    "aesthetic appeal.\nBased on the above criteria, assign a score from 1 to 5 after 'Final Score:'.\nYour task is provided "
+    "as follows:\nText Caption: [{prompt}]"
+)
+"""What UnifiedReward was trained to be asked (arXiv 2503.05236); other words are another model."""
+MARK = re.compile(r"final\s+score\s*:\s*\**\s*([0-9]+(?:\.[0-9]+)?)", re.IGNORECASE)
+REPLY_TOKENS = 512
+
+
+def vqa(judge: Judge, pictures: Sequence[Image.Image], question: str) -> Tensor:
+    """P(yes) as the first word of the answer: (B,) float64."""
+    return judge.log_answers(pictures, question)[:, 0].exp()
+
+
+def levels(judge: Judge, pictures: Sequence[Image.Image], question: str) -> Tensor:
+    """Expected level, 1 to 5, under the probabilities of the five words alone: (B,) float64; NaN where none is likely."""
+    log_words = judge.log_words(pictures, question, LEVELS)
+    values = torch.arange(len(LEVELS), 0, -1, dtype=torch.float64)
+    return log_words.softmax(-1) @ values  # all impossible: NaN
+
+
+def marks(judge: Judge, pictures: Sequence[Image.Image], question: str) -> Tensor:
+    """The mark after 'Final Score:' in a reply without chance, (B,) float64; NaN where there is none from 1 to 5."""
+    return torch.tensor([mark(judge.reply(question, [x], 0, 0.0, REPLY_TOKENS)) for x in pictures], dtype=torch.float64)
+
+
+def mark(reply: str) -> float:
+    """The last mark of a reply; NaN for none."""
+    found = MARK.findall(reply)
+    value = float(found[-1]) if found else float("nan")
+    return value if 1 <= value <= 5 else float("nan")

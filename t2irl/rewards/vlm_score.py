@@ -1,0 +1,98 @@
+"""A vision-language model as a reward: VQAScore, UnifiedReward, or a level of quality."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
+from torch import Tensor
+
+from reward_models.judges import to_pictures
+from reward_models.vlm_scores import RATE, UNIFIED, VQA, levels, marks, vqa
+from t2irl.errors import DataError, RunError
+from t2irl.rewards.artifact_judge import make_judge
+from t2irl.rewards.base import Reward
+from t2irl.types import PromptGroups
+
+ASK = {"vqa": (vqa, VQA), "unified": (marks, UNIFIED), "levels": (levels, RATE)}
+
+
+class VlmScore(Reward):
+    """What a frozen model says of picture and prompt, in here or behind an OpenAI-compatible server.
+
+    Hacked by written words ("yes", the prompt itself), and by whatever the model takes for granted; `levels` does not read
+    the prompt.
+    """
+
+    class Config(Reward.Config):
+        """Settings. One of `path` and `server` is needed."""
+
+        type: Literal["vlm_score"] = "vlm_score"
+        ask: Literal["vqa", "unified", "levels"] = "vqa"
+        """vqa: VQAScore, P(yes) that the picture shows the prompt, in [0, 1]. unified: the mark of UnifiedReward, 1 to 5, for
+        its own models. levels: expected quality, 1 to 5, from the words excellent to bad, as Q-Align and DeQA."""
+        question: Path | None = None
+        """Text file with another question; {prompt} stands for the prompt. null: the published one."""
+        missing: Literal["error", "skip"] = "error"
+        """An answer without a score stops the run, or the picture is not scored by this reward."""
+        path: Path | None = None
+        """Folder of a vision-language model of the Qwen2.5-VL class in transformers format, run beside the policy."""
+        server: str | None = None
+        """Address of an OpenAI-compatible server, such as http://localhost:8000/v1; top_logprobs for all but `unified`."""
+        model: str | None = None
+        """With `server`: name of the model there; null: the only one that it offers."""
+        api_key_env: str | None = None
+        """With `server`: environment variable that holds the key; null: no key."""
+        timeout: PositiveFloat = 60
+        """With `server`: seconds until a request counts as failed."""
+        tries: PositiveInt = 5
+        """With `server`: tries of a request, with pauses of 1, 2, 4, ... seconds, before the run stops."""
+        parallel: PositiveInt = 8
+        """With `server`: requests under way at once, per process."""
+        max_pixels: PositiveInt = 501_760
+        """With `path`: larger pictures are shrunk to so many pixels before the model sees them."""
+        precision: Literal["fp32", "bf16"] = "bf16"
+        """With `path`: dtype of the model."""
+
+        @model_validator(mode="after")
+        def _one_place(self) -> VlmScore.Config:
+            if self.path is not None and self.server is not None:
+                raise PydanticCustomError(
+                    "judge", "path and server are both there; the model runs in one place, drop one"
+                )
+            return self
+
+    def __init__(self, config: Any, device: torch.device):
+        super().__init__(config, device)
+        self.may_skip = config.missing == "skip"
+        self.ask, self.question = ASK[config.ask]
+        if config.question is not None:
+            try:
+                self.question = config.question.read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"reward vlm_score: question = {config.question}: cannot be read: {error}") from error
+        self.judge = make_judge(config, device)
+
+    def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
+        """What the model says, (B,) float32; NaN where it gives no score. Raises RunError when the server is gone."""
+        pictures = to_pictures(images)
+        scores = torch.full((len(images),), float("nan"), dtype=torch.float64)
+
+        def one(place: int) -> tuple[list[int], Tensor]:
+            rows = [k for k, other in enumerate(groups.index) if other == place]
+            question = self.question.replace("{prompt}", groups.prompts[place])
+            return rows, self.ask(self.judge, [pictures[k] for k in rows], question)
+
+        # A model in here has one device to work on; a server takes several prompts at once.
+        workers = self.config.parallel if self.config.server else 1
+        try:
+            with ThreadPoolExecutor(workers) as pool:
+                for rows, values in pool.map(one, dict.fromkeys(groups.index)):
+                    scores[rows] = values
+        except OSError as error:
+            raise RunError(f"reward vlm_score: {error}. The last checkpoint is good; start the run again") from error
+        return scores.float().to(images.device)
