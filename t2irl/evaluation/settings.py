@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from t2irl.config import ENTRY_NAME, RESERVED_NAMES
@@ -121,7 +121,7 @@ class Evaluated(Strict):
     limit: PositiveInt | None = None
     """Only the first so many prompts of the suite."""
     samplers: dict[str, Sampler] = Field(default={"deployment": Deployment()}, min_length=1)
-    """How pictures are drawn, by a name of your choice; every checkpoint is drawn with each."""
+    """How pictures are drawn, by a name of your choice; every checkpoint is drawn with each. type: deployment unless given."""
     weights: Literal["average", "trained", "both"] = "average"
     """Weights of a checkpoint: their running average (those trained, in a run without one), those trained, or both."""
     model: Plugin("models") | None = None  # type: ignore[valid-type]
@@ -133,7 +133,8 @@ class Evaluated(Strict):
     proxy: str | None = None
     """Name of the reward that the runs were trained on, if it is among `rewards`; the report looks for its hacks."""
     features: dict[str, Extractor] = {}
-    """Feature extractors by a name of your choice: diversity, drift from the base model and quality are measured with each."""
+    """Feature extractors by a name of your choice: diversity, drift from the base model and quality are measured with each. type:
+    vision unless given."""
     distances: Distances = Distances()
     """Distances between sets of pictures."""
     lpips: Lpips | None = None
@@ -142,6 +143,15 @@ class Evaluated(Strict):
     """Folder of real pictures: quality is the distance to them. null for none."""
     statistics: Statistics = Statistics()
     """Intervals and tests."""
+
+    @field_validator("samplers", "features", mode="before")
+    @classmethod
+    def _usual_type(cls, entries: Any, info: ValidationInfo) -> Any:
+        """An entry without a type is of the usual one, so that `--samplers.deployment.steps 28` is enough."""
+        usual = {"samplers": "deployment", "features": "vision"}[str(info.field_name)]
+        if not isinstance(entries, dict):
+            return entries
+        return {name: {"type": usual, **e} if isinstance(e, dict) else e for name, e in entries.items()}
 
     @model_validator(mode="after")
     def _names_are_keys(self) -> Evaluated:

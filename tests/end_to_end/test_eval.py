@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from t2irl import cli
 from t2irl.evaluation.glossary import lookup
@@ -213,6 +214,31 @@ def test_exports_and_samplers(runs: Path, config: Path, tmp_path: Path) -> None:
     assert abs(checkpoint - fast).max() > 5
     assert abs(checkpoint - drawn("base/base/deployment")).max() > 2
     assert (checkpoint != drawn("run/iteration_2_raw_weights/deployment")).any()
+
+
+def test_full_fine_tuning_and_adapters_of_others(
+    runs: Path, config: Path, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A whole denoiser, as a checkpoint and as an export; a LoRA file that says nothing of where it comes from."""
+    assert (
+        train(runs / "config.yaml", "--policy.tune.type=full", "--iterations=1", f"--run_dir={tmp_path / 'full'}") == 0
+    )
+    foreign = tmp_path / "foreign.safetensors"
+    save_file(load_file(runs / "run/export/pytorch_lora_weights.safetensors"), foreign)
+    subjects = (f"{tmp_path}/full", f"{tmp_path}/full/export", f"{runs}/run", foreign)
+    options = ("--stage=generate", "--samplers.deployment.steps=4")
+    assert evaluate(config, *subjects, *options) == 2
+    assert "foreign.safetensors does not say which model it was made for; set model" in capsys.readouterr().err
+    base = ["--model.type=sd3", f"--model.path={model}", "--model.max_sequence_length=0"]
+    assert evaluate(config, *subjects, *options, *base) == 0
+    drawn = {
+        name: np.stack(
+            [np.asarray(Image.open(p)).astype(int) for p in sorted((tmp_path / "eval/images" / name).rglob("*.png"))]
+        )
+        for name in ("full/iteration_1", "full/export", "run/iteration_2", "foreign/export")
+    }
+    assert abs(drawn["full/iteration_1"] - drawn["full/export"]).max() <= 2
+    assert abs(drawn["run/iteration_2"] - drawn["foreign/export"]).max() <= 2
 
 
 def test_a_grid_and_a_comparison(runs: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

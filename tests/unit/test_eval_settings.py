@@ -50,6 +50,14 @@ def test_every_config_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
     assert read(saved) == settings
 
 
+def test_an_entry_without_a_type_is_of_the_usual_one(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("suite: {type: shapes}\n")
+    settings = read(path, overrides=("--samplers.deployment.steps", "28", "--features.d.token", "patches"))
+    assert settings.samplers["deployment"].model_dump()["steps"] == 28
+    assert (settings.features["d"].type, settings.features["d"].model_dump()["token"]) == ("vision", "patches")
+
+
 def test_there_is_a_config_for_every_benchmark() -> None:
     assert {path.stem for path in CONFIGS} == {*registry.names("evaluation.suites")} - {"prompts"}
 
