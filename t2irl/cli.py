@@ -90,7 +90,9 @@ def _parser() -> Parser:
     for command in (train, check):
         command.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="YAML files, merged left to right")
     commands.add_parser("hacklab", help="compare methods by a grid of runs: how does each of them hack its reward?")
-    commands.add_parser("prefs", help="human preferences: pairs, a page to judge them on, formats, statistics, a reward")
+    commands.add_parser(
+        "prefs", help="human preferences: pairs, a page to judge them on, formats, statistics, a reward"
+    )
     commands.add_parser("fields", help="list every field of a config", description="List every field of a config.")
     return parser
 
