@@ -16,8 +16,10 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Qwen2VLM
 from reward_models.clip_weights import read_weights
 from reward_models.judges import chat_template, with_room
 
-QUESTION = Path(__file__).parent / "recipes" / "hpsv3_question.md"
-"""What the network was trained to be asked (arXiv 2508.03789); other words are another model. {text_prompt}: the prompt."""
+QUESTION = "question.txt"
+"""In the folder: the text that the published package puts behind a picture, word for word; other words are another model."""
+PROMPT = "{text_prompt}"
+"""Stands for the prompt in it."""
 REWARD_TOKEN = "<|Reward|>"
 PIXELS = 256 * 28 * 28
 """Every picture is brought to about so many pixels."""
@@ -34,12 +36,13 @@ class HpsV3Scorer:
         tokenizer: Any,
         image_processor: Any,
         template: str | None,
+        question: str,
         device: torch.device,
     ):
         self.model = model.to(device).requires_grad_(False).eval()
         self.head = head.to(device).float().requires_grad_(False).eval()
         self.tokenizer, self.image_processor, self.template, self.device = tokenizer, image_processor, template, device
-        self.question = QUESTION.read_text(encoding="utf-8")
+        self.question = question
         self.pad: int = model.config.image_token_id
         self.special: int = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
         self._typed = "mm_token_type_ids" in inspect.signature(model.forward).parameters
@@ -50,11 +53,17 @@ class HpsV3Scorer:
     ) -> HpsV3Scorer:
         """A folder of Qwen2-VL-7B-Instruct (config, tokenizer, preprocessor) in which `HPSv3.safetensors` replaces its weights.
 
-        Raises OSError or ValueError saying what is missing or wrong.
+        Beside them, `question.txt`. Raises OSError or ValueError saying what is missing or wrong.
         """
-        missing = [n for n in (WEIGHTS, "config.json", "preprocessor_config.json") if not (folder / n).is_file()]
+        needed = (WEIGHTS, "config.json", "preprocessor_config.json", QUESTION)
+        missing = [name for name in needed if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(f"not the folder of HPSv3: it lacks {', '.join(missing)}")
+        question = (folder / QUESTION).read_text(encoding="utf-8")
+        if any(question.count(part) != 1 for part in (PROMPT, REWARD_TOKEN)):
+            raise ValueError(
+                f"{QUESTION} should hold {PROMPT} and {REWARD_TOKEN} once each, as the published text does"
+            )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
         config, weights = AutoConfig.from_pretrained(folder, local_files_only=True), read_weights(folder / WEIGHTS)
@@ -72,7 +81,7 @@ class HpsV3Scorer:
         processor = AutoImageProcessor.from_pretrained(
             folder, local_files_only=True, min_pixels=pixels, max_pixels=pixels
         )
-        return cls(model, head, tokenizer, processor, chat_template(folder), device)
+        return cls(model, head, tokenizer, processor, chat_template(folder), question, device)
 
     @torch.no_grad()
     def score(self, pictures: Sequence[Image.Image], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -96,7 +105,7 @@ class HpsV3Scorer:
     def _words(self, text: str) -> list[int]:
         """Tokens of the question about one picture, which comes first."""
         # A prompt that contains the token would be rated twice.
-        asked = self.question.replace("{text_prompt}", text.replace(REWARD_TOKEN, " "))
+        asked = self.question.replace(PROMPT, text.replace(REWARD_TOKEN, " "))
         return self.tokenizer.apply_chat_template(
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]}],
             chat_template=self.template, add_generation_prompt=True, return_dict=False,

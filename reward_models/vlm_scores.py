@@ -16,15 +16,6 @@ VQA = 'Does this figure show "{prompt}"? Please answer yes or no.'
 LEVELS = ("excellent", "good", "fair", "poor", "bad")
 """From 5 down to 1."""
 RATE = "How would you rate the quality of this image? Answer with one word: excellent, good, fair, poor or bad."
-UNIFIED = (
-    "You are given a text caption and a generated image based on that caption. Your task is to evaluate this image based on "
-    "two key criteria:\n1. Alignment with the Caption: Assess how well this image aligns with the provided caption. Consider "
-    "the accuracy of depicted objects, their relationships, and attributes as described in the caption.\n2. Overall Image "
-    "Quality: Examine the visual quality of this image, including clarity, detail preservation, color accuracy, and overall "
-    "aesthetic appeal.\nBased on the above criteria, assign a score from 1 to 5 after 'Final Score:'.\nYour task is provided "
-    "as follows:\nText Caption: [{prompt}]"
-)
-"""What UnifiedReward was trained to be asked (arXiv 2503.05236); other words are another model."""
 MARK = re.compile(r"final\s+score\s*:\s*\**\s*([0-9]+(?:\.[0-9]+)?)", re.IGNORECASE)
 REPLY_TOKENS = 512
 

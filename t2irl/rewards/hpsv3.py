@@ -28,7 +28,8 @@ class Hpsv3(Reward):
 
         type: Literal["hpsv3"] = "hpsv3"
         path: Path = Path("models/HPSv3")
-        """Folder of Qwen2-VL-7B-Instruct (config, tokenizer, preprocessor) with `HPSv3.safetensors` in place of its weights."""
+        """Folder of Qwen2-VL-7B-Instruct (config, tokenizer, preprocessor) with `HPSv3.safetensors` in place of its weights, and
+        `question.txt`: the text of the published package, with {text_prompt} where the prompt goes."""
         caution: NonNegativeFloat = 0.0
         """Standard deviations that are taken off the mean, where the model is unsure. Published: 0."""
         precision: Literal["fp32", "bf16"] = "bf16"

@@ -12,13 +12,13 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from reward_models.judges import to_pictures
-from reward_models.vlm_scores import RATE, UNIFIED, VQA, levels, marks, vqa
+from reward_models.vlm_scores import RATE, VQA, levels, marks, vqa
 from t2irl.errors import DataError, RunError
 from t2irl.rewards.artifact_judge import make_judge
 from t2irl.rewards.base import Reward
 from t2irl.types import PromptGroups
 
-ASK = {"vqa": (vqa, VQA), "unified": (marks, UNIFIED), "levels": (levels, RATE)}
+ASK = {"vqa": (vqa, VQA), "unified": (marks, None), "levels": (levels, RATE)}
 
 
 class VlmScore(Reward):
@@ -36,7 +36,8 @@ class VlmScore(Reward):
         """vqa: VQAScore, P(yes) that the picture shows the prompt, in [0, 1]. unified: the mark of UnifiedReward, 1 to 5, for
         its own models. levels: expected quality, 1 to 5, from the words excellent to bad, as Q-Align and DeQA."""
         question: Path | None = None
-        """Text file with another question; {prompt} stands for the prompt. null: the published one."""
+        """Text file with the question; {prompt} stands for the prompt. null: the published one of vqa, one of our own for levels;
+        unified needs it: the text of the UnifiedReward release whose weights are asked, since other words are another model."""
         missing: Literal["error", "skip"] = "error"
         """An answer without a score stops the run, or the picture is not scored by this reward."""
         path: Path | None = None
@@ -64,12 +65,19 @@ class VlmScore(Reward):
                 raise PydanticCustomError(
                     "judge", "path and server are both there; the model runs in one place, drop one"
                 )
+            if self.ask == "unified" and self.question is None:
+                raise PydanticCustomError(
+                    "question",
+                    "ask: unified needs `question`, a text file with what this release of UnifiedReward was trained to be asked, and "
+                    "the word prompt in braces where the prompt goes",
+                )
             return self
 
     def __init__(self, config: Any, device: torch.device):
         super().__init__(config, device)
         self.may_skip = config.missing == "skip"
-        self.ask, self.question = ASK[config.ask]
+        self.ask, published = ASK[config.ask]
+        self.question = published or ""
         if config.question is not None:
             try:
                 self.question = config.question.read_text(encoding="utf-8").strip()

@@ -61,11 +61,16 @@ def test_levels_are_an_expectation_over_five_words(stub: Stub, tmp_path: Path) -
     assert len({word[0] for word in LEVELS}) == 5
 
 
-def test_marks_are_read_from_replies(stub: Stub) -> None:
+def test_marks_are_read_from_replies(stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_text("A mark, please, for [{prompt}].")
     stub.reply = lambda text: "It shows a cat. Final Score: 4.5" if "[a cat]" in text else "I cannot say."
-    scores = build(server=stub.url, ask="unified", missing="skip").score(*shades(0.1, 0.2, 0.3))
+    scores = build(server=stub.url, ask="unified", question=tmp_path / "q.txt", missing="skip").score(
+        *shades(0.1, 0.2, 0.3)
+    )
     assert [math.isnan(x) for x in scores.tolist()] == [False, True, False] and scores[0] == 4.5
     assert stub.requests[0]["temperature"] == 0
+    with pytest.raises(ValidationError, match="ask: unified needs `question`"):
+        build(server=stub.url, ask="unified")
     assert mark("Final Score: 3 ... **Final score:** 2") == 2 or mark("Final Score: 3") == 3
     assert mark("FINAL SCORE:5") == 5
     for text in ("", "Final Score: 9", "Final Score: none", "Score: 3"):
