@@ -157,7 +157,7 @@ def sizes(run: Run, folder: Folder) -> Any:
 def memory(run: Run, g: Geometry, folder: Folder, prompts: int) -> list[tuple[str, int | None]]:
     """What one process holds: (what it is, bytes or None for unknown). Rewards are not in it."""
     full = not isinstance(run.policy.tune, Lora)
-    precision = BYTES[run.model.precision]
+    precision, resting = BYTES[run.model.precision], getattr(run.model, "offload", "none")
     image, trained = sizes(run, folder), trained_size(run, folder)
     denoiser = folder.networks[folder.denoiser].size
     texts = [n.size for name, n in folder.networks.items() if name.startswith("text_encoder")]
@@ -165,8 +165,8 @@ def memory(run: Run, g: Geometry, folder: Folder, prompts: int) -> list[tuple[st
     copies = 4 + (run.policy.ema is not None)  # weights, gradient, two moments, average
     rows: list[tuple[str, int | None]] = [
         ("reference copy of the denoiser" if full else "denoiser", _times(denoiser, 4 if full else precision)),
-        ("text encoders", None if None in texts else sum(n or 0 for n in texts) * precision),
-        ("image decoder", _times(decoder, BYTES[run.model.vae_precision])),
+        (_idle("text encoders", resting != "none"), None if None in texts else sum(n or 0 for n in texts) * precision),
+        (_idle("image decoder", resting == "all"), _times(decoder, BYTES[run.model.vae_precision])),
         (
             f"{'trained weights' if full else 'adapters'}, gradient, optimiser{', average' if copies == 5 else ''}",
             _times(trained, 4 * copies),
@@ -182,6 +182,10 @@ def memory(run: Run, g: Geometry, folder: Folder, prompts: int) -> list[tuple[st
         (f"text cache, host memory ({cached} prompts)", cached * image.text * precision),
         (f"activations of {g.largest_micro_batch} images, rough", _activations(run, g, image, full, precision)),
     ]
+
+
+def _idle(part: str, resting: bool) -> str:
+    return f"{part}, host memory while idle" if resting else part
 
 
 def _times(count: int | None, size: int) -> int | None:
@@ -252,12 +256,12 @@ def _plan(run: Run, g: Geometry, folder: Folder) -> Iterator[tuple[str, str]]:
     guidance = (
         "no guidance"
         if rollout.guidance_scale == 1
-        else f"guidance {rollout.guidance_scale:g} (calls of twice the images)"
+        else f"guidance {rollout.guidance_scale:g} ({'calls of twice the images' if run.speed.guidance_in_one_call else 'two calls'})"
     )
     yield "rollout", f"{rollout.steps} timesteps, trained {_window(g)}; {rollout.dynamics.type}, {guidance}"
     batches = f"{g.rollout_batches} batch{'es' * (g.rollout_batches > 1)} of at most {g.largest_rollout_batch} images"
     yield "", f"{batches} -> {g.denoiser_calls_rollout} denoiser calls per process"
-    calls = g.updates_per_iteration * g.micro_batches
+    calls = g.updates_per_iteration * g.micro_batches * (1 if one_call(run) else 2)
     micro = f"{g.micro_batches} micro-batch{'es' * (g.micro_batches > 1)} of at most {g.largest_micro_batch} images"
     yield (
         "update",
@@ -273,6 +277,12 @@ def _plan(run: Run, g: Geometry, folder: Folder) -> Iterator[tuple[str, str]]:
     yield "rewards", f"{rewards}    held out: {held or 'none'}"
     regularizers = ", ".join(f"{name} ({config.type})" for name, config in run.regularizers.items())
     yield "algorithm", f"{run.algorithm.type}    regularisers: {regularizers or 'none'}"
+
+
+def one_call(run: Run) -> bool:
+    """Whether the velocity of a batch takes one denoiser call in the update: both branches in it, or no guidance."""
+    guided = run.rollout.guidance_scale != 1 and getattr(run.rollout.dynamics, "guided", True)
+    return run.speed.guidance_in_one_call or not guided
 
 
 def _tuning(run: Run) -> str:

@@ -25,6 +25,7 @@ from t2irl.algebra.config import Combine
 from t2irl.algebra.rules import combine_problem
 from t2irl.evaluation.rules import Monitors
 from t2irl.registry import Plugin
+from t2irl.speed import Speed
 from t2irl.strict import Strict
 
 ENTRY_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -259,6 +260,8 @@ class Run(Strict):
     """Updates and micro-batches."""
     optimizer: Optimizer = Optimizer()
     """AdamW."""
+    speed: Speed = Speed()
+    """What makes a run faster or smaller, up to rounding. See docs/speed.md."""
     evaluation: Evaluation = Evaluation()
     """Held-out measurement."""
     grids: Grids = Grids()

@@ -71,8 +71,9 @@ class Geometry:
 
     @property
     def denoiser_calls_rollout(self) -> int:
-        """Denoiser calls of one process in a rollout. With guidance a call holds twice the images."""
-        return self.run.rollout.steps * self.rollout_batches
+        """Denoiser calls of one process in a rollout. With guidance a call holds twice the images, or there are twice as many."""
+        twice = self.run.rollout.guidance_scale != 1 and not self.run.speed.guidance_in_one_call
+        return self.run.rollout.steps * self.rollout_batches * (1 + twice)
 
     @property
     def images_per_update(self) -> int:

@@ -22,7 +22,7 @@ from accelerate.utils import parse_flag_from_env
 
 from t2irl import checkpoint
 from t2irl.config import Run
-from t2irl.errors import CheckpointError, ConfigError, Interrupted, UserError
+from t2irl.errors import CheckpointError, ConfigError, Interrupted, RunError, UserError
 from t2irl.types import Clock
 from t2irl.utils import distributed
 from t2irl.utils.memory import keep_heap, peak_gib
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 FIXED = ("model", "policy.tune", "rollout.guidance_scale", "seed")
 """Settings that a continued run cannot change: the saved weights or their log-densities depend on them."""
+FREE = ("model.offload",)
+"""Exceptions of these."""
 
 
 class Context:
@@ -158,6 +160,7 @@ class Context:
 @contextmanager
 def launch(run: Run, resume: str) -> Iterator[Context]:
     """Processes, folder, trackers and signal handlers of a run; undone at the end whatever happens."""
+    refuse_sharding()
     if not torch.cuda.is_available():
         keep_heap()
     cpu = on_cpu()
@@ -172,10 +175,28 @@ def launch(run: Run, resume: str) -> Iterator[Context]:
         handlers = {n: signal.signal(n, context.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield context
+        except RuntimeError as error:
+            if not distributed.lost_a_process(error):
+                raise
+            raise RunError(
+                f"process {distributed.rank()} lost another one of the run ({str(error).splitlines()[0]}). The newest checkpoint "
+                f"in {folder / 'checkpoints'} is good; {again} to continue"
+            ) from error
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             context.closing.close()
+
+
+def refuse_sharding() -> None:
+    """Raise ConfigError when the launcher asks for sharded weights: see docs/many_gpus.md for why."""
+    for name, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        if parse_flag_from_env(variable):
+            raise ConfigError(
+                f"the launcher asks for {name} ({variable}): weights spread over processes are not supported, every process "
+                "holds the whole model. Use configs/accelerate/ddp_8.yaml; where memory is short: LoRA, model.offload, "
+                "model.gradient_checkpointing, update.batch_size"
+            )
 
 
 def on_cpu() -> bool:
@@ -255,7 +276,7 @@ def check_same(folder: Path, run: Run) -> None:
         for k in sorted(old.keys() | new.keys())
         if old.get(k) != new.get(k) and k != "run_dir"
     }
-    bad = [k for k in changes if any(f"{k}.".startswith(f"{fixed}.") for fixed in FIXED)]
+    bad = [k for k in changes if any(f"{k}.".startswith(f"{fixed}.") for fixed in FIXED) and k not in FREE]
     if bad:
         listed = "; ".join(f"{k}: {changes[k][0]} -> {changes[k][1]}" for k in bad)
         raise ConfigError(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 WORK = (
     "denoiser_forward_calls", "denoiser_forward_images", "denoiser_backward_images", "decoded_images", "encoded_prompts",
-    "reward_calls", "scored_images",
+    "reward_calls", "scored_images", "moved_parts",
 )  # fmt: skip
 """Work counters, summed over processes and logged as work/<name> in every iteration."""
 

@@ -33,7 +33,7 @@ class Policy:
             check_levels(run.rollout.dynamics.type, dynamics, family)
         self.guidance_scale = run.rollout.guidance_scale
         self.negative_prompt = run.rollout.negative_prompt
-        self.tune, self.ema = run.policy.tune, run.policy.ema
+        self.tune, self.ema, self.fuse = run.policy.tune, run.policy.ema, run.speed.fuse_lora
         if isinstance(self.tune, Lora):
             self._add_adapters(self.tune, run.seed)
         else:
@@ -135,12 +135,12 @@ class Policy:
         """Inside, adapters are added into the layers that they adapt: the same function up to rounding, without two more
         products a layer. For sampling without gradient and without densities, which must be those of the update to the bit.
 
-        Leaves the layers as they were, to the bit. Does nothing for full fine-tuning, for the reference policy, whose adapters
+        Leaves the layers as they were, to the bit. Does nothing without `speed.fuse_lora`, for full fine-tuning, for the reference policy, whose adapters
         are off, nor for layers below float32, where small changes would be rounded away.
         """
         from peft.tuners.lora import Linear
 
-        layers = [m for m in self.family.denoiser.modules() if isinstance(m, Linear)]
+        layers = [m for m in self.family.denoiser.modules() if isinstance(m, Linear) and self.fuse]
         plain = [cast(Tensor, layer.get_base_layer().weight) for layer in layers]
         off = any(layer.disable_adapters for layer in layers)
         if not layers or off or any(weight.dtype != torch.float32 for weight in plain):

@@ -100,7 +100,9 @@ def _sample(
     states, log_probs = [x] if 0 in window else [], []
     for step in range(len(levels) - 1):
         t, t_next = levels[step].expand(size), levels[step + 1].expand(size)
-        v = policy.velocity(x, t, text, guidance)
+        # Compiled, a call with gradient is another graph: recorded transitions must come from the update's, to the bit.
+        with torch.set_grad_enabled(policy.family.compiled and step in window):
+            v = policy.velocity(x, t, text, guidance).detach()
         if step in window:
             mean, std = policy.dynamics.mean_std(x, v, t, t_next)
             x = policy.dynamics.sample(mean, std, draws[:, 1 + step - window.start])

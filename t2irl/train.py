@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from t2irl import registry
+from t2irl import registry, speed
 from t2irl.algebra.pipeline import Pipeline
 from t2irl.algorithms.base import Algorithm
 from t2irl.batches import micro_batches, updates
@@ -89,6 +89,8 @@ def build(run: Run, ctx: Context) -> Parts:
     regularizers = {name: registry.build("regularizers", config) for name, config in run.regularizers.items()}
     family = registry.build("models", run.model, ctx.device)
     policy = Policy(run, family, dynamics, algorithm.reduction)
+    speed.apply(run.speed, family)
+    ctx.closing.callback(speed.use_tf32(run.speed.tf32))
     rewards, heldout = (
         RewardSet(configs, ctx.device, run.rollout.batch_size, family.work, run.seed)
         for configs in (run.rewards, run.heldout_rewards)

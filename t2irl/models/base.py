@@ -72,6 +72,10 @@ class ModelFamily:
     """The network whose weights are the policy: a diffusers model with `add_adapter`."""
     highest_level: float = 1.0
     """The largest noise level that the denoiser knows."""
+    guidance_in_one_call: bool = True
+    """Both branches of guidance in one call, or one after the other (`speed.guidance_in_one_call`)."""
+    compiled: bool = False
+    """Whether blocks are compiled, so that calls with and without gradient may round differently."""
 
     def __init__(self, config: Any, device: torch.device):
         self.config, self.device = config, device
@@ -165,15 +169,17 @@ class ModelFamily:
     def velocity(
         self, latents: Tensor, t: Tensor, text: TextEmbeds, null: TextEmbeds | None, guidance: float
     ) -> Tensor:
-        """Guided velocity in float32, see `guide`, both branches in one call; 1 skips the null branch.
+        """Guided velocity in float32, see `guide`; 1 skips the null branch.
 
         `text` has a row per image, `null` one row.
         """
-        self.work["denoiser_forward_calls"] += 1
         if guidance == 1 or null is None:
-            result = self._counted(latents, t, text)
+            return self._counted(latents, t, text)
+        n = len(latents)
+        if not self.guidance_in_one_call:
+            v_null = self._counted(latents, t, null[[0] * n])
+            result = self.guide(v_null, self._counted(latents, t, text), guidance)
         else:
-            n = len(latents)
             rows = TextEmbeds.cat([null[[0] * n], text])
             v_null, v_text = self._counted(torch.cat([latents, latents]), torch.cat([t, t]), rows).chunk(2)
             result = self.guide(v_null, v_text, guidance)
@@ -181,6 +187,7 @@ class ModelFamily:
 
     def _counted(self, latents: Tensor, t: Tensor, text: TextEmbeds) -> Tensor:
         images = len(latents)
+        self.work["denoiser_forward_calls"] += 1
         self.work["denoiser_forward_images"] += images
         dtype = DTYPES[self.config.precision]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):

@@ -67,9 +67,10 @@ class Sana(PipelineFamily):
         """Without the instruction."""
         if negative not in self._nulls:
             self.work["encoded_prompts"] += 1
-            _, _, tokens, mask = self.pipe.encode_prompt(
-                "", True, negative, device=self.device, max_sequence_length=self.config.max_sequence_length
-            )
+            with self.at_work(*self.encoders):
+                _, _, tokens, mask = self.pipe.encode_prompt(
+                    "", True, negative, device=self.device, max_sequence_length=self.config.max_sequence_length
+                )
             self._nulls[negative] = TextEmbeds(tokens, tokens.new_empty(1, 0), mask.bool()).trimmed()
         return self._nulls[negative]
 

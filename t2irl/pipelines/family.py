@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,13 @@ class PipelineFamily(ModelFamily):
     """What a family adds: `encode_prompts`, `denoise`, `levels`, `size_rule`, `call_arguments`, and where its latents or its
     image decoder are peculiar, the hooks for these.
     """
+
+    class Config(ModelFamily.Config):
+        """Settings that every pipeline has."""
+
+        offload: Literal["none", "text", "all"] = "none"
+        """What rests in host memory and is on the GPU only while it works: nothing, the text encoders, or the image decoder as
+        well. Pictures and learning stay the same to the bit."""
 
     pipelines: tuple[str, ...]
     """Names of the diffusers classes that a folder may hold."""
@@ -45,9 +53,10 @@ class PipelineFamily(ModelFamily):
         self.prepare()
         check_encoders(config.path, self.pipe, self.encoders)
         check_scheduler(config.path, self.pipe.scheduler, self.schedulers, self.switched_off)
-        for part in self.pipe.components.values():
+        self.resting = self._resting()
+        for name, part in self.pipe.components.items():
             if isinstance(part, torch.nn.Module):
-                part.requires_grad_(False).eval().to(device)
+                part.requires_grad_(False).eval().to("cpu" if name in self.resting else device)
         self.denoiser = getattr(self.pipe, self.part)
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
@@ -128,6 +137,24 @@ class PipelineFamily(ModelFamily):
             raise ConfigError(f"model.resolution = {pixels}: must be a multiple of {unit}{limit}; use {use}")
         return channels, pixels // scale, pixels // scale
 
+    def _resting(self) -> tuple[str, ...]:
+        """Parts that are in host memory while idle."""
+        texts = tuple(name for name in self.encoders if getattr(self.pipe, name) is not None)
+        return {"none": (), "text": texts, "all": (*texts, "vae")}[self.config.offload]
+
+    @contextmanager
+    def at_work(self, *names: str) -> Iterator[None]:
+        """Inside, these parts of the pipeline are on the device."""
+        moved = [getattr(self.pipe, name) for name in names if name in self.resting]
+        try:
+            for part in moved:
+                self.work["moved_parts"] += 1
+                part.to(self.device)
+            yield
+        finally:
+            for part in moved:
+                part.to("cpu")
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextEmbeds:
         """What the stock pipeline gives.
@@ -135,22 +162,23 @@ class PipelineFamily(ModelFamily):
         One prompt at a time: what a prompt gives must not depend, in the last bit, on the prompts that come with it, or a
         resumed run, whose cache is empty, would not repeat the run that was stopped.
         """
-        with quiet(hints=False):  # the stock code says of every long prompt, each time, that it was cut
+        # The stock code says of every long prompt, each time, that it was cut.
+        with quiet(hints=False), self.at_work(*self.encoders):
             return TextEmbeds.cat([self.encode_prompts([p]) for p in prompts])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [0, 1]."""
         pixels = (latents.shape[-1] * self.pixels_per_latent) ** 2
         latents = self.to_vae(latents).to(self.pipe.vae.dtype)
-        parts = [self.vae_decode(x).float() for x in latents.split(max(PIXELS_AT_ONCE // pixels, 1))]
+        with self.at_work("vae"):
+            parts = [self.vae_decode(x).float() for x in latents.split(max(PIXELS_AT_ONCE // pixels, 1))]
         return torch.cat(parts).mul(0.5).add(0.5).clamp(0, 1)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Without noise, in the scale that the denoiser works on."""
-        parts = [
-            self.vae_encode((x * 2 - 1).to(self.pipe.vae.dtype)).float()
-            for x in images.split(max(PIXELS_AT_ONCE // images[0, 0].numel(), 1))
-        ]
+        pieces = images.split(max(PIXELS_AT_ONCE // images[0, 0].numel(), 1))
+        with self.at_work("vae"):
+            parts = [self.vae_encode((x * 2 - 1).to(self.pipe.vae.dtype)).float() for x in pieces]
         return self.from_vae(torch.cat(parts))
 
     def save_lora(self, folder: Path, weights: dict[str, Tensor]) -> Path:
@@ -183,7 +211,7 @@ class PipelineFamily(ModelFamily):
                 pipe.load_lora_weights(trained.parent, weight_name=trained.name)
         pipe.set_progress_bar_config(disable=True)
         pixels = latents.shape[-1] * self.pixels_per_latent
-        with quiet(hints=False):
+        with quiet(hints=False), self.at_work(*self.resting):
             final = pipe(
                 **self.call_arguments(pipe, prompt, guidance, negative), height=pixels, width=pixels,
                 latents=self.pack(latents.to(self.device, self.dtype)), num_inference_steps=steps,

@@ -30,6 +30,11 @@ def barrier() -> None:
         dist.barrier()
 
 
+def lost_a_process(error: RuntimeError) -> bool:
+    """Whether an error says that another process has ended, or answers no more."""
+    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
 def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
     """Rows of all processes, in process order, on the CPU. Every process has equally many; dtypes stay."""
     if world_size() == 1:
