@@ -124,7 +124,7 @@ def use_tf32(allowed: bool | None) -> Callable[[], None]:
     """Allow or forbid TF32 for this process; returns what undoes it. None leaves it as it is."""
     import torch
 
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [place.allow_tf32 for place in places]
 
     def put(values: list[bool]) -> None:
