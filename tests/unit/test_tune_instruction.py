@@ -153,7 +153,7 @@ def test_the_command_line_against_a_server(
 
         stub.answer = answer
         monkeypatch.setattr(
-            judges.ServerJudge, "log_answers", _one_by_one
+            judges.ServerJudge, "_likeliest", _one_by_one
         )  # so that the last request is the present one
         arguments = [
             f"--images={tmp_path / 'labelled.jsonl'}",
@@ -169,8 +169,10 @@ def test_the_command_line_against_a_server(
     assert "none.jsonl" in capsys.readouterr().err
 
 
-def _one_by_one(self: judges.ServerJudge, pictures: Sequence[Image.Image], instruction: str) -> Tensor:
-    return torch.tensor([self._answer(picture, instruction) for picture in pictures], dtype=torch.float64)
+def _one_by_one(
+    self: judges.ServerJudge, pictures: Sequence[Image.Image], instruction: str
+) -> list[list[tuple[str, float]]]:
+    return [self._first_tokens(picture, instruction) for picture in pictures]
 
 
 def test_the_stub_says_what_it_should() -> None:
