@@ -123,6 +123,7 @@ def test_work_is_what_the_geometry_says(config: Path, run_dir: Path, options: li
             "denoiser_backward_images": branches * trained,
             "decoded_images": geometry.images,
             "reward_calls": len(run.rewards) * len(even_chunks(geometry.images, sampling.batch_size)),
+            "moved_parts": 0,
             "scored_images": len(run.rewards) * geometry.images,
         }
 

@@ -184,5 +184,5 @@ def test_an_iteration_reports_its_omitted_share_and_its_work(folder: Path, tmp_p
     work = {name.removeprefix("work/"): value for name, value in metrics.items() if name.startswith("work/")}
     assert work == {
         "denoiser_forward_calls": 4 + 2 * 2, "denoiser_forward_images": 8 * 4 + 8 * 2, "denoiser_backward_images": 8 * 2,
-        "decoded_images": 8, "encoded_prompts": 2, "reward_calls": 1, "scored_images": 8,
+        "decoded_images": 8, "encoded_prompts": 2, "reward_calls": 1, "scored_images": 8, "moved_parts": 0,
     }  # fmt: skip
