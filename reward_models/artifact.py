@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from reward_models.folders import read_folder
 from reward_models.heads import PatchHead
 from reward_models.pixels import fit_square
 from reward_models.vision import VisionBackbone
@@ -127,15 +127,7 @@ class ArtifactClassifier(nn.Module):
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> ArtifactClassifier:
         """Read a folder that `save` wrote. Raises OSError or ValueError saying what is missing or wrong."""
-        missing = [name for name in (WEIGHTS, SETTINGS) if not (folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"not the folder of an artifact classifier: it lacks {' and '.join(missing)}")
-        try:
-            content = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            design = Design(**{**content, "layers": tuple(content["layers"])})
-            weights = load_file(folder / WEIGHTS, device=str(device))
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"cannot be read: {error}") from error
+        design, weights = read_folder(folder, "an artifact classifier", WEIGHTS, SETTINGS, Design, device)
         backbone = None
         if design.backbone is not None:
             backbone = VisionBackbone.load(folder / design.backbone, device, design.layers, size=design.size)

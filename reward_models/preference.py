@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reward_models.clip import ClipScorer
+from reward_models.folders import read_folder
 from reward_models.heads import PatchHead
 from reward_models.vision import VisionBackbone
 
@@ -91,15 +91,7 @@ class PreferenceModel(nn.Module):
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> PreferenceModel:
         """Read a folder that `save` wrote. Raises OSError or ValueError saying what is missing or wrong."""
-        missing = [name for name in (WEIGHTS, SETTINGS) if not (folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"not the folder of a preference model: it lacks {' and '.join(missing)}")
-        try:
-            content = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            design = Design(**{**content, "layers": tuple(content["layers"])})
-            weights = load_file(folder / WEIGHTS, device=str(device))
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"cannot be read: {error}") from error
+        design, weights = read_folder(folder, "a preference model", WEIGHTS, SETTINGS, Design, device)
         model = build(design, folder, device)
         own, given = ({n: tuple(x.shape) for n, x in part.items()} for part in (model.kept(), weights))
         if own != given:
