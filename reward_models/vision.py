@@ -6,7 +6,6 @@ one `l2`.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reward_models.fingerprint import fingerprint
 from reward_models.pixels import fit_square
 from reward_models.vision_loaders import Network, load_network
 
@@ -153,11 +153,8 @@ class VisionBackbone(nn.Module):
         if self.trainable_blocks:
             raise ValueError("a backbone that is trained has no fixed features")
         if self._fingerprint is None:
-            digest = hashlib.sha256(repr((self._chosen, self.size, self._network.mean, self._network.std)).encode())
-            for name, weights in sorted(self.model.state_dict().items()):
-                digest.update(f"{name} {weights.dtype} {tuple(weights.shape)}".encode())
-                digest.update(weights.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            self._fingerprint = digest.hexdigest()
+            settings = (self._chosen, self.size, self._network.mean, self._network.std)
+            self._fingerprint = fingerprint(settings, self.model.state_dict())
         return self._fingerprint
 
 

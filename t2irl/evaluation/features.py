@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reward_models.dreamsim import DreamSim
 from reward_models.vision import VisionBackbone
 from t2irl.errors import ConfigError, DataError
 from t2irl.evaluation.diversity import coarse_pixels
 from t2irl.evaluation.generate import bar
-from t2irl.evaluation.settings import Evaluated, Fidelity, Lpips, Pixels, Vision
+from t2irl.evaluation.settings import Evaluated, Fidelity, Lpips, Perceptual, Pixels, Vision
 from t2irl.evaluation.store import Drawn, Store, read_picture, settings_key
 from t2irl.geometry import even_chunks
 from t2irl.models.base import DTYPES
@@ -31,13 +32,16 @@ Extract = Callable[[Tensor], Tensor]
 """(B, 3, H, W) uint8 -> (B, D)."""
 
 
-def extractor(name: str, config: Vision | Fidelity | Pixels, device: torch.device) -> Extract:
+def extractor(name: str, config: Vision | Fidelity | Pixels | Perceptual, device: torch.device) -> Extract:
     """The function that a setting describes. Raises DataError or ConfigError for one that cannot be had."""
     if isinstance(config, Pixels):
         return coarse_pixels
     if isinstance(config, Fidelity):
         return _fidelity(name, config, device)
     try:
+        if isinstance(config, Perceptual):
+            network = DreamSim.load(config.path, device, config.variant, DTYPES[config.precision])
+            return lambda images: network.embed(images.to(device).float().div(255))
         backbone = VisionBackbone.load(config.path, device, size=config.size, dtype=DTYPES[config.precision])
     except (OSError, ValueError) as error:
         raise DataError(f"features.{name}.path = {config.path}: {error}") from error

@@ -15,6 +15,11 @@ from t2irl.strict import Strict
 MINIMUM = 2000
 """Fewest pictures for a Fréchet distance: below, its bias is larger than what it is to tell apart."""
 
+DreamSimVariant = Literal[
+    "ensemble", "dino_vitb16", "dinov2_vitb14", "clip_vitb32", "open_clip_vitb32", "synclr_vitb16", "dino_vitb16_patch",
+    "dinov2_vitb14_patch",
+]  # fmt: skip
+
 
 class Deployment(Strict):
     """As the model is used: the deterministic ODE."""
@@ -66,6 +71,18 @@ class Pixels(Strict):
     type: Literal["pixels"] = "pixels"
 
 
+class Perceptual(Strict):
+    """DreamSim's embeddings: 1 - cosine is how different people find two pictures. See the reward `dreamsim`."""
+
+    type: Literal["dreamsim"] = "dreamsim"
+    path: Path = Path("models/dreamsim")
+    """Folder of its files."""
+    variant: DreamSimVariant = "ensemble"
+    """Which of the published models."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the transformers."""
+
+
 class Lpips(Strict):
     """Pairwise LPIPS of the pictures of a prompt (`pip install lpips`), which downloads the weights of its network."""
 
@@ -105,7 +122,7 @@ class Statistics(Strict):
     """Bootstrap resamples, and sign changes of a paired test."""
 
 
-Extractor = Annotated[Vision | Fidelity | Pixels, Field(discriminator="type")]
+Extractor = Annotated[Vision | Fidelity | Pixels | Perceptual, Field(discriminator="type")]
 Sampler = Annotated[Deployment | Training, Field(discriminator="type")]
 
 

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from reward_models.vision import Features, VisionBackbone, l2
 from t2irl.adversary.memory import Tensors
-from t2irl.errors import ConfigError, DataError
+from t2irl.errors import DataError
+from t2irl.likeness import LikenessReward
 from t2irl.models.base import DTYPES
-from t2irl.references import FeatureCache, ReferenceImages
-from t2irl.rewards.base import Reward
-from t2irl.types import PromptGroups
-
-if TYPE_CHECKING:
-    from t2irl.models.base import ModelFamily
 
 
-class DinoSimilarity(Reward):
+class DinoSimilarity(LikenessReward):
     """Cosine in [-1, 1] between a picture and the reference images of its prompt: of the whole, of the patches, or both.
 
     Hacked by copying: every image of a prompt drifts towards one reference image, and with `patches: match` towards its
     texture in any arrangement. Watch the spread within groups, and hold a measure of prompt following beside it.
     """
 
-    class Config(Reward.Config):
+    class Config(LikenessReward.Config):
         """Settings."""
 
         type: Literal["dino_similarity"] = "dino_similarity"
@@ -42,10 +36,6 @@ class DinoSimilarity(Reward):
         """Side of the backbone's input in pixels; null: the folder's own."""
         precision: Literal["fp32", "bf16"] = "fp32"
         """Dtype of the backbone's blocks."""
-        references: ReferenceImages.Config | None = None
-        """Reference images of the prompts, held-out ones included unless `missing: skip`; needed."""
-        missing: Literal["error", "skip"] = "error"
-        """A prompt without reference images is refused at the start, or its images are not scored by this reward."""
         features: Literal["cls", "patches", "both"] = "cls"
         """What is compared: the picture as a whole, its patches, or the weighted mean of the two."""
         cls_weight: NonNegativeFloat = 0.5
@@ -55,13 +45,6 @@ class DinoSimilarity(Reward):
         patches: Literal["match", "place"] = "match"
         """A patch is compared with the most alike patch of the reference image, wherever it is, or with the one at the same
         place. `match` takes the mean of both directions, so that leaving something out costs as much as adding something."""
-        over: Literal["mean", "max"] = "mean"
-        """Over the reference images of the prompt: their mean, or the most alike one."""
-        feature_cache: Path | None = None
-        """Folder in which features of reference images are kept from run to run, by the content of the files; null: they are
-        kept in memory only."""
-        memory_gib: PositiveFloat = 1.0
-        """Host memory for features of reference images, per process."""
 
         @model_validator(mode="after")
         def _weights_fit(self) -> DinoSimilarity.Config:
@@ -73,57 +56,38 @@ class DinoSimilarity(Reward):
 
     def __init__(self, config: Any, device: torch.device):
         super().__init__(config, device)
-        if config.references is None:
-            raise ConfigError(
-                "reward dino_similarity: references is missing; give references: {index: FILE} or references: {folder: FOLDER}"
-            )
         try:
             self.backbone = VisionBackbone.load(
                 config.path, device, config.layers, size=config.size, dtype=DTYPES[config.precision]
             )
         except (OSError, ValueError) as error:
             raise DataError(f"reward dino_similarity: path = {config.path}: {error}") from error
-        self.may_skip = config.missing == "skip"
 
-    def prepare(self, prompts: Sequence[str], family: ModelFamily) -> None:
-        """Look up the reference images. Their features are computed when a prompt first needs them."""
-        c = self.config
-        self.images = ReferenceImages.load(c.references, prompts, "reward dino_similarity: references", self.may_skip)
-        kept = "cls" if c.features == "cls" else "cls and patches"
-        name = f"{self.backbone.fingerprint()} {c.precision} {kept}"
-        self.cache = FeatureCache(
-            self._encode, name, self.images.pictures, c.feature_cache, round(c.memory_gib * 2**30)
-        )
+    def features_name(self) -> str:
+        """Backbone, precision, and what is kept."""
+        kept = "cls" if self.config.features == "cls" else "cls and patches"
+        return f"{self.backbone.fingerprint()} {self.config.precision} {kept}"
 
-    def _encode(self, images: Tensor) -> Tensors:
+    def reference_features(self, images: Tensor) -> Tensors:
         """Unit vectors of a reference image, only those that are used."""
-        features = l2(self.backbone(images))
+        features = self.features(images)
         return (features.cls,) if self.config.features == "cls" else (features.cls, features.patches)
 
-    def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
-        """Likeness of each image to the reference images of its own prompt, (B,); NaN where there are none."""
-        ours = l2(self.backbone(images))
-        scores = torch.full((len(images),), float("nan"), device=images.device)
-        for place in dict.fromkeys(groups.index):
-            files = self.images.of(groups.prompts[place])
-            if files:
-                rows = [k for k, other in enumerate(groups.index) if other == place]
-                theirs = tuple(x.to(self.device) for x in self.cache.of(files))
-                scores[rows] = self._likeness(ours[rows], theirs)
-        return scores
+    def features(self, images: Tensor) -> Features:
+        """Unit vectors."""
+        return l2(self.backbone(images))
 
-    def _likeness(self, ours: Features, theirs: Tensors) -> Tensor:
-        """Of the images of one prompt, (n,), to its reference images."""
+    def compare(self, ours: Features, theirs: Tensors) -> Tensor:
+        """Cosines, weighted."""
         c = self.config
         each = torch.zeros(len(ours), len(theirs[0]), device=ours.cls.device)
         total = {"cls": (1.0, 0.0), "patches": (0.0, 1.0), "both": (c.cls_weight, c.patches_weight)}[c.features]
         if total[0]:
             each = each + total[0] * (ours.cls @ theirs[0].T)
         if total[1]:
-            compare = best_match if c.patches == "match" else same_place
-            each = each + total[1] * torch.stack([compare(ours.patches, other) for other in theirs[1]], 1)
-        each = each / sum(total)
-        return each.mean(1) if c.over == "mean" else each.amax(1)
+            closest = best_match if c.patches == "match" else same_place
+            each = each + total[1] * torch.stack([closest(ours.patches, other) for other in theirs[1]], 1)
+        return each / sum(total)
 
 
 def same_place(ours: Tensor, other: Tensor) -> Tensor:
