@@ -43,8 +43,12 @@ WHOLE = {
 def read_weights(file: Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors file or of a torch checkpoint, from which no code is run. Raises OSError or ValueError."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # settings that many checkpoints keep beside weights
-            found: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        if file.suffix == ".safetensors":
+            found: Any = load_file(file)
+        else:
+            # Many checkpoints keep their settings beside the weights.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                found = torch.load(file, "cpu", weights_only=True)
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"{file.name} cannot be read as weights: {error}") from error
     for key in ("state_dict", "model"):

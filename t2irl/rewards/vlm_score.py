@@ -34,7 +34,7 @@ class VlmScore(Reward):
         type: Literal["vlm_score"] = "vlm_score"
         ask: Literal["vqa", "unified", "levels"] = "vqa"
         """vqa: VQAScore, P(yes) that the picture shows the prompt, in [0, 1]. unified: the mark of UnifiedReward, 1 to 5, for
-        its own models. levels: expected quality, 1 to 5, from the words excellent to bad, as Q-Align and DeQA."""
+        its own models. levels: expected quality, 1 to 5, from the words excellent to bad, as Q-Align; DeQA itself is the reward `deqa`."""
         question: Path | None = None
         """Text file with the question; {prompt} stands for the prompt. null: the published one of vqa, one of our own for levels;
         unified needs it: the text of the UnifiedReward release whose weights are asked, since other words are another model."""

@@ -21,6 +21,7 @@ from t2irl.shapes.render import SIZE, render, sample_scene
 from t2irl.types import PromptGroups
 from tests.adversaries import write_dino, write_references
 from tests.artifacts import write_classifier
+from tests.deqa import write_deqa
 from tests.dreamsim import write_ensemble
 from tests.judges import write_qwen
 from tests.preferences import write_preference
@@ -101,6 +102,7 @@ def special(
             "hpsv2": {"path": write_hps(tmp_path_factory.mktemp("hps"), clip_folder)},
             "aesthetic": {"path": clip_folder, "head": head},
             "image_reward": {"path": write_image_reward(tmp_path_factory.mktemp("image_reward"))},
+            "deqa": {"path": write_deqa(tmp_path_factory.mktemp("deqa")), "precision": "fp32"},
             "dreamsim": {"path": write_ensemble(tmp_path_factory.mktemp("dreamsim"))},
             "artifact": classifier,
             "artifact_adaptive": classifier | {"labeller": {"type": "vividness"}},
