@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 from torch import Tensor
 
-from reward_models.judges import LEAST_MASS, SEED_INSTRUCTION, Judge, LocalJudge, ServerJudge, cleanliness, to_pictures
-from t2irl.errors import ConfigError, DataError, RunError
-from t2irl.models.base import DTYPES
+from reward_models.judges import LEAST_MASS, SEED_INSTRUCTION, cleanliness, to_pictures
+from t2irl.errors import DataError, RunError
+from t2irl.judging import JudgeConfig, make_judge
 from t2irl.rewards.base import Reward
 from t2irl.types import PromptGroups
 from t2irl.utils import distributed
@@ -27,49 +25,17 @@ class ArtifactJudge(Reward):
     during RL. Hacked by pictures with little in them: empty, blurred or simple ones have nothing to find fault with.
     """
 
-    class Config(Reward.Config):
+    class Config(JudgeConfig):
         """Settings. One of `path` and `server` is needed."""
 
         type: Literal["artifact_judge"] = "artifact_judge"
-        path: Path | None = None
-        """Folder of a vision-language model of the Qwen2.5-VL class in transformers format, run beside the policy."""
-        server: str | None = None
-        """Address of an OpenAI-compatible server, such as http://localhost:8000/v1 of vLLM, that gives top_logprobs."""
-        model: str | None = None
-        """With `server`: name of the model there; null: the only one that it offers."""
-        api_key_env: str | None = None
-        """With `server`: environment variable that holds the key; null: no key."""
-        timeout: PositiveFloat = 60
-        """With `server`: seconds until a request counts as failed."""
-        tries: PositiveInt = 5
-        """With `server`: tries of a request, with pauses of 1, 2, 4, ... seconds, before the run stops."""
-        parallel: PositiveInt = 8
-        """With `server`: requests under way at once, per process."""
         instruction: Path | None = None
         """What the judge is asked: a text file, or a .json beam of `tune_instruction.py`, over which scores are averaged; null:
         the untuned instruction that comes with this package."""
         answer_mass: float = Field(LEAST_MASS, ge=0, le=1)
         """P(yes) + P(no) below which the judge has not answered: such a picture scores 0 (published: 1, which invites it)."""
-        max_pixels: PositiveInt = 501_760
-        """With `path`: larger pictures are shrunk to so many pixels before the judge sees them."""
         jpeg: bool = False
         """Send pictures through JPEG of quality 95 first, as published; false: exact."""
-        precision: Literal["fp32", "bf16"] = "bf16"
-        """With `path`: dtype of the judge."""
-
-        @model_validator(mode="after")
-        def _one_place(self) -> ArtifactJudge.Config:
-            if self.path is not None and self.server is not None:
-                raise PydanticCustomError(
-                    "judge", "path and server are both there; the judge runs in one place, drop one"
-                )
-            for name in ("model", "api_key_env"):
-                if self.server is None and getattr(self, name) is not None:
-                    raise PydanticCustomError(
-                        "judge", "{name} = {value} belongs to `server`, which is missing; give server: http://HOST:PORT/v1, "
-                        "or drop it", {"name": name, "value": getattr(self, name)},
-                    )  # fmt: skip
-            return self
 
     def __init__(self, config: Any, device: torch.device):
         super().__init__(config, device)
@@ -109,32 +75,6 @@ class ArtifactJudge(Reward):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.asked, self.silent = state["asked"], state["silent"]
-
-
-def make_judge(config: Any, device: torch.device) -> Judge:
-    """The judge of a config. Raises ConfigError or DataError saying what is missing or wrong."""
-    if config.path is not None:
-        try:
-            return LocalJudge.load(config.path, device, DTYPES[config.precision], config.max_pixels)
-        except (OSError, ValueError) as error:
-            raise DataError(f"reward {config.type}: path = {config.path}: {error}") from error
-    if config.server is None:
-        raise ConfigError(
-            f"reward {config.type}: path and server are both missing; give path: FOLDER of a vision-language model, or "
-            "server: http://HOST:PORT/v1 of an OpenAI-compatible server"
-        )
-    key = None
-    if config.api_key_env is not None:
-        key = os.environ.get(config.api_key_env)
-        if not key:
-            raise ConfigError(
-                f"reward {config.type}: api_key_env = {config.api_key_env}: no such environment variable, or it is empty; "
-                "set it before the run"
-            )
-    try:
-        return ServerJudge(config.server, config.model, key, config.timeout, config.tries, config.parallel)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"reward {config.type}: server = {config.server}: {error}") from error
 
 
 def read_instructions(file: Path) -> tuple[str, ...]:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from reward_models.judges import to_pictures
 from reward_models.vlm_scores import RATE, VQA, levels, marks, vqa
 from t2irl.errors import DataError, RunError
-from t2irl.rewards.artifact_judge import make_judge
+from t2irl.judging import JudgeConfig, make_judge
 from t2irl.rewards.base import Reward
 from t2irl.types import PromptGroups
 
@@ -28,7 +28,7 @@ class VlmScore(Reward):
     the prompt.
     """
 
-    class Config(Reward.Config):
+    class Config(JudgeConfig):
         """Settings. One of `path` and `server` is needed."""
 
         type: Literal["vlm_score"] = "vlm_score"
@@ -40,31 +40,11 @@ class VlmScore(Reward):
         unified needs it: the text of the UnifiedReward release whose weights are asked, since other words are another model."""
         missing: Literal["error", "skip"] = "error"
         """An answer without a score stops the run, or the picture is not scored by this reward."""
-        path: Path | None = None
-        """Folder of a vision-language model of the Qwen2.5-VL class in transformers format, run beside the policy."""
         server: str | None = None
         """Address of an OpenAI-compatible server, such as http://localhost:8000/v1; top_logprobs for all but `unified`."""
-        model: str | None = None
-        """With `server`: name of the model there; null: the only one that it offers."""
-        api_key_env: str | None = None
-        """With `server`: environment variable that holds the key; null: no key."""
-        timeout: PositiveFloat = 60
-        """With `server`: seconds until a request counts as failed."""
-        tries: PositiveInt = 5
-        """With `server`: tries of a request, with pauses of 1, 2, 4, ... seconds, before the run stops."""
-        parallel: PositiveInt = 8
-        """With `server`: requests under way at once, per process."""
-        max_pixels: PositiveInt = 501_760
-        """With `path`: larger pictures are shrunk to so many pixels before the model sees them."""
-        precision: Literal["fp32", "bf16"] = "bf16"
-        """With `path`: dtype of the model."""
 
         @model_validator(mode="after")
-        def _one_place(self) -> VlmScore.Config:
-            if self.path is not None and self.server is not None:
-                raise PydanticCustomError(
-                    "judge", "path and server are both there; the model runs in one place, drop one"
-                )
+        def _has_a_question(self) -> VlmScore.Config:
             if self.ask == "unified" and self.question is None:
                 raise PydanticCustomError(
                     "question",

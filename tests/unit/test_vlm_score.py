@@ -93,6 +93,11 @@ def test_a_model_in_here(qwen_folder: Path) -> None:
 def test_what_is_wrong_is_named(tmp_path: Path, stub: Stub) -> None:
     with pytest.raises(ValidationError, match="path and server are both there"):
         VlmScore.Config(path=tmp_path, server="http://x/v1")
+    for name in ("model", "api_key_env"):
+        with pytest.raises(ValidationError, match=f"{name} = judge belongs to `server`, which is missing"):
+            VlmScore.Config.model_validate({"path": tmp_path, name: "judge"})
+    with pytest.raises(ConfigError, match="NO_SUCH_KEY: no such environment variable"):
+        build(server=stub.url, api_key_env="NO_SUCH_KEY")
     with pytest.raises(ConfigError, match="reward vlm_score: path and server are both missing"):
         build()
     with pytest.raises(DataError, match="reward vlm_score: path = "):
