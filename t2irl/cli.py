@@ -161,9 +161,11 @@ def _dispatch(argv: list[str]) -> int:
     run = load_run(arguments.configs, overrides)
     if arguments.command == "check":
         from t2irl.check import describe
+        from t2irl.preflight import check_run_files
 
         world_size = arguments.processes
         _say(describe(run, int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size))
+        check_run_files(run)
     elif arguments.print_config:
         _say(dump_run(run).rstrip())
     else:

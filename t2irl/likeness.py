@@ -34,8 +34,19 @@ class ReferenceReward(Reward):
 
     def __init__(self, config: Any, device: torch.device):
         super().__init__(config, device)
-        if self.compares(config) and config.references is None:
-            raise ConfigError(f"reward {config.type}: references is missing; {self.references_advice}")
+        self._demand(config)
+
+    @classmethod
+    def _demand(cls, config: Any) -> None:
+        if cls.compares(config) and config.references is None:
+            raise ConfigError(f"reward {config.type}: references is missing; {cls.references_advice}")
+
+    @classmethod
+    def check(cls, config: Any, prompts: Sequence[str]) -> None:
+        """The reference images."""
+        cls._demand(config)
+        if cls.compares(config):
+            cls.look_up(config, prompts)
 
     @classmethod
     def compares(cls, config: Any) -> bool:

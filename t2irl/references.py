@@ -5,6 +5,7 @@ Either an index says which files belong to which prompt, or every picture of a f
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -310,9 +311,15 @@ def _check(files: Mapping[str, Sequence[Path]], key: str) -> tuple[list[str], li
 
 def _inspect(path: Path) -> tuple[str, str | None]:
     """A picture's mode, and what makes it unusable. Raises what Pillow raises."""
+    stat = path.stat()  # looked into again only if it has changed
+    return _look_into(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def _look_into(path: Path, changed: int, size: int) -> tuple[str, str | None]:
     with path.open("rb") as file:
         head = file.read(32)
-        file.seek(max(path.stat().st_size - 65_536, 0))
+        file.seek(max(size - 65_536, 0))
         tail = file.read()
     with Image.open(path) as image:
         mode, kind = image.mode, image.format

@@ -24,6 +24,7 @@ from t2irl.models.base import ModelFamily
 from t2irl.monitor import UpdateLog, iteration_metrics
 from t2irl.optimizer import Optimizer
 from t2irl.policy import Policy
+from t2irl.preflight import check_files
 from t2irl.regularizers.base import Regularizer
 from t2irl.rewards.combine import RewardSet
 from t2irl.rollout import Noise, rollout
@@ -87,6 +88,7 @@ def build(run: Run, ctx: Context) -> Parts:
     dynamics = registry.build("dynamics", run.rollout.dynamics)
     algorithm = registry.build("algorithms", run.algorithm)
     regularizers = {name: registry.build("regularizers", config) for name, config in run.regularizers.items()}
+    check_files(run, prompts.texts, heldout_prompts.texts)
     family = registry.build("models", run.model, ctx.device)
     policy = Policy(run, family, dynamics, algorithm.reduction)
     speed.apply(run.speed, family)

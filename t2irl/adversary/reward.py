@@ -21,11 +21,10 @@ from t2irl.adversary.memory import Recent, Tensors
 from t2irl.adversary.pairs import Drawn, Pairs
 from t2irl.adversary.replay import Old, Replay, ReplayBuffer
 from t2irl.data import noise_seed
-from t2irl.errors import ConfigError
 from t2irl.geometry import even_chunks
+from t2irl.likeness import ReferenceReward
 from t2irl.reencoding import Reencoded
 from t2irl.references import FeatureCache, ReferenceImages
-from t2irl.rewards.base import Reward
 from t2irl.turns import AnyTurns, FixedTurns, Observation, Turns
 from t2irl.types import PromptGroups
 from t2irl.utils import distributed
@@ -53,14 +52,14 @@ class Seen:
     """The zero of the loss."""
 
 
-class AdversarialReward(Reward):
+class AdversarialReward(ReferenceReward):
     """Scores what an adversary takes for a reference image; learns from every rollout as `turns` says.
 
     The scores that the policy learns from are those of before the adversary's step. Trained parameters and moments are
     float32, gradients are summed over processes, and all of it is in the checkpoint.
     """
 
-    class Config(Reward.Config):
+    class Config(ReferenceReward.Config):
         """Settings that all adversarial rewards have."""
 
         references: ReferenceImages.Config | None = None
@@ -116,16 +115,15 @@ class AdversarialReward(Reward):
             return self
 
     needs_heldout = False
+    references_advice = (
+        "an adversary learns from reference images: give references: {index: FILE} or references: {folder: FOLDER}, or frozen: "
+        "FOLDER for an exported one"
+    )
     critic: Critic
     """What `make_critic` gave."""
 
     def __init__(self, config: Any, device: torch.device):
         super().__init__(config, device)
-        if config.frozen is None and config.references is None:
-            raise ConfigError(
-                f"reward {config.type}: references is missing. An adversary learns from reference images: give references: "
-                "{index: FILE} or references: {folder: FOLDER}, or frozen: FOLDER for an exported one"
-            )
         self._limit = round(config.memory_gib * 2**30)
         self._recent = Recent(self._limit)
         self._features: FeatureCache | None = None
@@ -143,6 +141,11 @@ class AdversarialReward(Reward):
     def reset(self, seed: int) -> None:
         """Draw new weights from `seed`, where there are any."""
 
+    @classmethod
+    def compares(cls, config: Any) -> bool:
+        """Unless it is frozen."""
+        return config.frozen is None
+
     @property
     def learns(self) -> bool:
         """Unless it is frozen."""
@@ -154,7 +157,7 @@ class AdversarialReward(Reward):
             return
         self.family = family
         self.reset(self.seed)
-        images = ReferenceImages.load(self.config.references, prompts, f"reward {self.config.type}: references")
+        images = self.look_up(self.config, prompts)
         self.references = Reencoded(images, family, self.config.reencode, f"reward {self.config.type}", self._limit)
         paired = self.config.references.folder is None
         self.pairs = Pairs(images, self.config.heldout, paired, self.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -41,6 +42,12 @@ class Regularizer:
 
     def __init__(self, config: Any):
         self.config = config
+
+    @classmethod
+    def check(cls, name: str, config: Any, prompts: Sequence[str]) -> None:
+        """Look, cheaply, at the files that belong to the `prompts` trained on, before anything is loaded; on all processes
+        alike. Raises DataError as `prepare` would.
+        """
 
     def prepare(self, name: str, parts: Parts) -> None:
         """Called once, before the state of a checkpoint is restored: its name in the config, and what the run is built from."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -64,6 +65,11 @@ class Sft(Regularizer):
 
     needs_all_images = True
 
+    @classmethod
+    def check(cls, name: str, config: Any, prompts: Sequence[str]) -> None:
+        """The reference images."""
+        _look_up(name, config, prompts)
+
     def prepare(self, name: str, parts: Parts) -> None:
         """Look up the reference images. Raises ConfigError for a model that cannot encode pictures."""
         self.parts, self.seed = parts, parts.geometry.run.seed
@@ -72,8 +78,7 @@ class Sft(Regularizer):
             raise ConfigError(
                 f"regularizers.{name}: models of type {kind} do not encode pictures, so there is nothing to train on"
             )
-        key, skip = f"regularizers.{name}.references", self.config.missing == "skip"
-        self.pictures = ReferenceImages.load(self.config.references, parts.prompts, key, skip)
+        self.pictures = _look_up(name, self.config, parts.prompts)
         self.latents = Memory(LATENT_MEMORY)
         self.ids, self.side, self.iteration, self.part = torch.empty(0), 0, 0, 0
         self.chosen: dict[int, int] = {}
@@ -163,6 +168,10 @@ class Sft(Regularizer):
             found += self._errors(policy, draws, policy.text(texts)).tolist()
         errors = [x for part in distributed.gather_objects(found) for x in part]
         return {"meter": sum(errors) / len(errors)}
+
+
+def _look_up(name: str, config: Any, prompts: Sequence[str]) -> ReferenceImages:
+    return ReferenceImages.load(config.references, prompts, f"regularizers.{name}.references", config.missing == "skip")
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -11,8 +11,8 @@ from reward_models.clip import ClipScorer
 from reward_models.critics import ClipCritic
 from t2irl.adversary.losses import LossKind
 from t2irl.adversary.reward import AdversarialReward
-from t2irl.errors import DataError
 from t2irl.models.base import DTYPES
+from t2irl.rewards.base import reading
 from t2irl.turns import AnyTurns, TriggerTurns
 
 
@@ -47,7 +47,5 @@ class AdversarialClip(AdversarialReward):
     def make_critic(self, seed: int) -> ClipCritic:
         """The CLIP of the folder; there are no new weights."""
         c = self.config
-        try:
+        with reading(c):
             return ClipCritic(ClipScorer.load(c.path, self.device), c.tune_layers, c.scale, DTYPES[c.tuned_precision])
-        except (OSError, ValueError) as error:
-            raise DataError(f"reward adversarial_clip: path = {c.path}: {error}") from error

@@ -12,8 +12,8 @@ from reward_models.critics import DinoCritic
 from reward_models.heads import PatchHead
 from reward_models.vision import VisionBackbone
 from t2irl.adversary.reward import AdversarialReward
-from t2irl.errors import DataError
 from t2irl.models.base import DTYPES
+from t2irl.rewards.base import reading
 
 
 class AdversarialDino(AdversarialReward):
@@ -78,10 +78,8 @@ class AdversarialDino(AdversarialReward):
     def make_critic(self, seed: int) -> DinoCritic:
         """Backbone and head."""
         c = self.config
-        try:
+        with reading(c):
             backbone = VisionBackbone.load(c.path, self.device, c.layers, size=c.size, dtype=DTYPES[c.precision])
-        except (OSError, ValueError) as error:
-            raise DataError(f"reward adversarial_dino: path = {c.path}: {error}") from error
         head = PatchHead(backbone.width, c.hidden, c.spectral_norm, DTYPES[c.head_precision])
         head.reset(seed)
         return DinoCritic(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from t2irl.config import Strict
+from t2irl.errors import DataError
 from t2irl.types import PromptGroups
 
 if TYPE_CHECKING:
@@ -55,6 +57,18 @@ class Reward:
         """Whether `update` changes the reward."""
         return type(self).update is not Reward.update
 
+    @classmethod
+    def check(cls, config: Any, prompts: Sequence[str]) -> None:
+        """Look, cheaply, at the files that belong to `prompts`, before anything is loaded; on all processes alike.
+
+        Raises ConfigError or DataError as building it and `prepare` would.
+        """
+
+    @classmethod
+    def prompts_of(cls, prompts: Sequence[str], heldout: Sequence[str], trained: bool) -> list[str]:
+        """Those of a run's prompts that it is given: `trained` on, or only measured on held-out ones."""
+        return [*(prompts if trained else ()), *(heldout if cls.needs_heldout else ())]
+
     def prepare(self, prompts: Sequence[str], family: ModelFamily) -> None:
         """Called once, on all processes alike, before the first score: load and check what belongs to the run's `prompts`.
 
@@ -90,3 +104,12 @@ class Reward:
 
     def export(self, folder: Path) -> None:
         """Write what a later run can use of a reward that has learned into `folder`, which may not exist yet."""
+
+
+@contextmanager
+def reading(config: Any) -> Iterator[None]:
+    """Loading of the model in `config.path`: what is missing or wrong becomes a DataError that names reward and folder."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise DataError(f"reward {config.type}: path = {config.path}: {error}") from error

@@ -54,8 +54,7 @@ class RewardSet:
                     f"heldout_rewards.{name}: this {reward.config.type} learns, but held-out rewards are only measured; "
                     "move it to rewards, or set its `frozen` to an exported one"
                 )
-            seen = prompts if trained else ()
-            reward.prepare([*seen, *(heldout if reward.needs_heldout else ())], family)
+            reward.prepare(reward.prompts_of(prompts, heldout, trained), family)
 
     def score(self, images: Tensor, groups: PromptGroups) -> dict[str, Tensor]:
         """Score (B, 3, H, W) uint8 pictures: name -> (B,) float32 on the CPU.

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from reward_models.deqa import DeqaScorer
-from t2irl.errors import DataError
 from t2irl.models.base import DTYPES
-from t2irl.rewards.base import Reward
+from t2irl.rewards.base import Reward, reading
 from t2irl.types import PromptGroups
 
 
@@ -33,10 +32,8 @@ class Deqa(Reward):
 
     def __init__(self, config: Any, device: torch.device):
         super().__init__(config, device)
-        try:
+        with reading(config):
             self.scorer = DeqaScorer.load(config.path, device, DTYPES[config.precision])
-        except (OSError, ValueError) as error:
-            raise DataError(f"reward deqa: path = {config.path}: {error}") from error
 
     def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
         """The expected level of each picture, (B,) float32."""

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from reward_models.vision import Features, VisionBackbone, l2
 from t2irl.adversary.memory import Tensors
-from t2irl.errors import DataError
 from t2irl.likeness import LikenessReward
 from t2irl.models.base import DTYPES
+from t2irl.rewards.base import reading
 
 
 class DinoSimilarity(LikenessReward):
@@ -56,12 +56,10 @@ class DinoSimilarity(LikenessReward):
 
     def __init__(self, config: Any, device: torch.device):
         super().__init__(config, device)
-        try:
+        with reading(config):
             self.backbone = VisionBackbone.load(
                 config.path, device, config.layers, size=config.size, dtype=DTYPES[config.precision]
             )
-        except (OSError, ValueError) as error:
-            raise DataError(f"reward dino_similarity: path = {config.path}: {error}") from error
 
     def features_name(self) -> str:
         """Backbone, precision, and what is kept."""

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from reward_models.dreamsim import DreamSim
 from t2irl.adversary.memory import Tensors
-from t2irl.errors import DataError
 from t2irl.evaluation.settings import DreamSimVariant
 from t2irl.likeness import LikenessReward
 from t2irl.models.base import DTYPES
+from t2irl.rewards.base import reading
 
 
 class DreamSimReward(LikenessReward):
@@ -36,10 +36,8 @@ class DreamSimReward(LikenessReward):
 
     def __init__(self, config: Any, device: torch.device):
         super().__init__(config, device)
-        try:
+        with reading(config):
             self.network = DreamSim.load(config.path, device, config.variant, DTYPES[config.precision])
-        except (OSError, ValueError) as error:
-            raise DataError(f"reward dreamsim: path = {config.path}: {error}") from error
 
     def features_name(self) -> str:
         """All weights."""

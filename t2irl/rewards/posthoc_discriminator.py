@@ -11,12 +11,12 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from reward_models.vision import VisionBackbone
-from t2irl.errors import ConfigError, DataError
 from t2irl.evaluation.posthoc import posthoc_auc
 from t2irl.geometry import even_chunks
+from t2irl.likeness import ReferenceReward
 from t2irl.reencoding import Reencoded
 from t2irl.references import FeatureCache, ReferenceImages
-from t2irl.rewards.base import Reward
+from t2irl.rewards.base import reading
 from t2irl.types import PromptGroups
 from t2irl.utils import distributed
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from t2irl.models.base import ModelFamily
 
 
-class PosthocDiscriminator(Reward):
+class PosthocDiscriminator(ReferenceReward):
     """1 - AUC, in [0, 1]: how often a fresh discriminator prefers a picture of the policy to a reference image.
 
     A logistic regression on frozen features, trained anew at each evaluation on other prompts than it is measured on. 0: it
@@ -32,8 +32,9 @@ class PosthocDiscriminator(Reward):
     """
 
     per_image = False
+    references_advice = "give references: {index: FILE} or {folder: FOLDER}, with images for the held-out prompts"
 
-    class Config(Reward.Config):
+    class Config(ReferenceReward.Config):
         """Settings."""
 
         type: Literal["posthoc_discriminator"] = "posthoc_discriminator"
@@ -51,20 +52,12 @@ class PosthocDiscriminator(Reward):
 
     def __init__(self, config: Any, device: torch.device):
         super().__init__(config, device)
-        if config.references is None:
-            raise ConfigError(
-                "reward posthoc_discriminator: references is missing; give references: {index: FILE} or {folder: FOLDER}, "
-                "with images for the held-out prompts"
-            )
-        try:
+        with reading(config):
             self.backbone = VisionBackbone.load(config.path, device, config.layers)
-        except (OSError, ValueError) as error:
-            raise DataError(f"reward posthoc_discriminator: path = {config.path}: {error}") from error
 
     def prepare(self, prompts: Sequence[str], family: ModelFamily) -> None:
         """Look up the reference images."""
-        where = "reward posthoc_discriminator: references"
-        self.references = ReferenceImages.load(self.config.references, prompts, where)
+        self.references = self.look_up(self.config, prompts)
         redrawn = Reencoded(self.references, family, self.config.reencode, "reward posthoc_discriminator")
 
         def read(files: Sequence[Path]) -> list[Tensor]:
