@@ -12,6 +12,7 @@ from torch import Tensor
 
 from t2irl.adversary.memory import Tensors
 from t2irl.errors import ConfigError
+from t2irl.reencoding import Reencoded
 from t2irl.references import FeatureCache, ReferenceImages
 from t2irl.rewards.base import Reward
 from t2irl.types import PromptGroups
@@ -63,6 +64,10 @@ class ReferenceReward(Reward):
         """The reference images of `prompts`. Called on all processes; raises DataError with all that is wrong with them."""
         key = f"reward {config.type}: references"
         return ReferenceImages.load(config.references, prompts, key, cls.may_lack(config))
+
+    def redrawn(self, images: ReferenceImages, family: ModelFamily, limit: int = 2**30) -> Reencoded:
+        """Those images as the policy's own model would have drawn them, with `reencode`."""
+        return Reencoded(images, family, self.config.reencode, f"reward {self.config.type}", limit)
 
 
 class LikenessReward(ReferenceReward):

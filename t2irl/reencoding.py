@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from t2irl.adversary.memory import Memory, in_equal_batches
+from t2irl.adversary.memory import Memory, Tensors, in_equal_batches
 from t2irl.errors import ConfigError
-from t2irl.references import ReferenceImages
+from t2irl.references import FeatureCache, ReferenceImages
 
 if TYPE_CHECKING:
     from t2irl.models.base import ModelFamily
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Reencoded:
     """Pictures of reference images, with `reencode` put through the image encoder and decoder of `family`.
 
-    What the decoder leaves in every picture then tells nothing. `limit`: bytes of re-encoded pictures kept on the host.
+    What the decoder leaves in every picture then tells nothing. `limit`: bytes of re-encoded pictures, and of features, kept
+    on the host.
     """
 
     def __init__(self, images: ReferenceImages, family: ModelFamily, reencode: bool, key: str, limit: int = 2**30):
@@ -29,6 +30,7 @@ class Reencoded:
                 f"{key}: reencode: true needs a model that encodes images, and {family.config.type} does not; set it to false"
             )
         self.images, self.family, self.reencode = images, family, reencode
+        self._limit = limit
         self._redrawn = Memory(limit)
 
     def pictures(self, files: Sequence[Path], size: int) -> list[Tensor]:
@@ -43,3 +45,9 @@ class Reencoded:
             found[file, size] = row[0]
             self._redrawn.put((file, size), row)
         return [found[key] for key in keys]
+
+    def features(
+        self, encode: Callable[[Tensor], Tensors], side: Callable[[], int], name: str = "", folder: Path | None = None
+    ) -> FeatureCache:
+        """What `encode` makes of them, each once; at the side that the policy's pictures turn out to have. See FeatureCache."""
+        return FeatureCache(encode, name, lambda files: self.pictures(files, side()), folder, self._limit)

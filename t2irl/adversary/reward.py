@@ -23,7 +23,6 @@ from t2irl.adversary.replay import Old, Replay, ReplayBuffer
 from t2irl.data import noise_seed
 from t2irl.geometry import even_chunks
 from t2irl.likeness import ReferenceReward
-from t2irl.reencoding import Reencoded
 from t2irl.references import FeatureCache, ReferenceImages
 from t2irl.turns import AnyTurns, FixedTurns, Observation, Turns
 from t2irl.types import PromptGroups
@@ -158,7 +157,7 @@ class AdversarialReward(ReferenceReward):
         self.family = family
         self.reset(self.seed)
         images = self.look_up(self.config, prompts)
-        self.references = Reencoded(images, family, self.config.reencode, f"reward {self.config.type}", self._limit)
+        self.references = self.redrawn(images, family, self._limit)
         paired = self.config.references.folder is None
         self.pairs = Pairs(images, self.config.heldout, paired, self.seed)
         self.learner = Learner(self.critic, self.config, self.seed, self.reference_pictures, self.reference_features)
@@ -191,11 +190,9 @@ class AdversarialReward(ReferenceReward):
         if folder is not None:
             way = f"{self.family.config.path} {self.family.config.vae_precision}" if self.config.reencode else ""
             name = f"{self.critic.fingerprint()} {self._side} {way}"
-
-        def read(files: Sequence[Path]) -> list[Tensor]:
-            return self.references.pictures(files, self._side)
-
-        return FeatureCache(lambda images: self.critic.embed(images.to(self.device)), name, read, folder, self._limit)
+        return self.references.features(
+            lambda images: self.critic.embed(images.to(self.device)), lambda: self._side, name, folder
+        )
 
     # ------------------------------------------------------------------------------------------------------ learning
     def update(self, images: Tensor, groups: PromptGroups) -> dict[str, float]:

@@ -14,8 +14,7 @@ from reward_models.vision import VisionBackbone
 from t2irl.evaluation.posthoc import posthoc_auc
 from t2irl.geometry import even_chunks
 from t2irl.likeness import ReferenceReward
-from t2irl.reencoding import Reencoded
-from t2irl.references import FeatureCache, ReferenceImages
+from t2irl.references import ReferenceImages
 from t2irl.rewards.base import reading
 from t2irl.types import PromptGroups
 from t2irl.utils import distributed
@@ -58,12 +57,8 @@ class PosthocDiscriminator(ReferenceReward):
     def prepare(self, prompts: Sequence[str], family: ModelFamily) -> None:
         """Look up the reference images."""
         self.references = self.look_up(self.config, prompts)
-        redrawn = Reencoded(self.references, family, self.config.reencode, "reward posthoc_discriminator")
-
-        def read(files: Sequence[Path]) -> list[Tensor]:
-            return redrawn.pictures(files, self._side)
-
-        self._known = FeatureCache(lambda x: self._encode(x.to(self.device)), "", read, None)
+        redrawn = self.redrawn(self.references, family)
+        self._known = redrawn.features(lambda x: self._encode(x.to(self.device)), lambda: self._side)
 
     @torch.no_grad()
     def measure(self, images: Tensor, groups: PromptGroups) -> float:
