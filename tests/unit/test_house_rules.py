@@ -22,7 +22,13 @@ SOURCES = sorted(p for name in (*PACKAGES, "scripts", "tests") for p in (ROOT / 
 LIBRARY = [p for p in SOURCES if p.relative_to(ROOT).parts[0] in PACKAGES]
 FILE_LINES, LOOP_LINES, FUNCTION_LINES = 350, 250, 60
 
-MAY_SCORE = ("t2irl/rewards/", "t2irl/regularizers/", "t2irl/preferences/", "t2irl/evaluation/features.py", "t2irl/judging.py")
+MAY_SCORE = (
+    "t2irl/rewards/",
+    "t2irl/regularizers/",
+    "t2irl/preferences/",
+    "t2irl/evaluation/features.py",
+    "t2irl/judging.py",
+)
 MAY_KNOW_SHAPES = ("t2irl/rewards/", "t2irl/evaluation/suites/")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
