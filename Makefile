@@ -24,7 +24,7 @@ demo: $(VENV)/.installed ## train the embedded model on the CPU; results in runs
 	$(BIN)/t2irl train configs/tiny/demo.yaml $(ARGS)
 
 test: $(DEV_VENV)/.installed ## run all tests
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(DEV_BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(DEV_BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(DEV_VENV)/.installed ## style, formatting and spelling
 	$(DEV_BIN)/ruff check .
