@@ -77,9 +77,7 @@ def save(folder: Path, clock: Clock, weights: dict[str, Tensor], state: dict[str
     return target
 
 
-def load(
-    path: Path, device: torch.device, mapped: bool = False
-) -> tuple[Clock, dict[str, Tensor], dict[str, Any]]:
+def load(path: Path, device: torch.device, mapped: bool = False) -> tuple[Clock, dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint: clock, weights, state. Raises CheckpointError naming the bad file.
 
     `mapped`: leave tensors in the file until something is done with them, instead of bringing all to `device`; for processes that need a

@@ -131,6 +131,9 @@ class Context:
             source, found = self.start.parent, checkpoint.load_newest(self.start, self.device, self.warn, self.sharded)
         assert found is not None  # open_folder saw a checkpoint
         clock, weights, state = found
+        if self.sharded:  # what is spread stays in the file until each process takes its part
+            others = {name: value for name, value in state.items() if name != "optimizer"}
+            state |= sharding.moved(others, self.device)
         try:
             parts.policy.load_state_dict(weights)
             parts.load_state_dict(state)

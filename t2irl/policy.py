@@ -29,9 +29,7 @@ class Policy:
     processes must then build the policy.
     """
 
-    def __init__(
-        self, run: Run, family: ModelFamily, dynamics: Dynamics, reduction: Reduction, sharded: bool = False
-    ):
+    def __init__(self, run: Run, family: ModelFamily, dynamics: Dynamics, reduction: Reduction, sharded: bool = False):
         self.family, self.dynamics = family, dynamics
         self.reduction: Reduction = reduction
         if not dynamics.recorded:

@@ -7,6 +7,7 @@ the same calls in the same order; `Company` sees to that.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,16 @@ def check(run: Run, sharded: bool) -> None:
         )
 
 
+def note(sharded: bool) -> str:
+    """What spreading changes of the memory that `check` tells; empty where weights are not spread."""
+    count = distributed.world_size()
+    return (
+        f"\nspread     over {count} processes: each holds 1/{count} of the denoiser, trained weights, copies and moments"
+        if sharded
+        else ""
+    )
+
+
 def refuse(command: str) -> None:
     """Raise ConfigError where the launcher asks for it and `command` does not spread weights."""
     if asked():
@@ -124,6 +135,8 @@ def shard(denoiser: torch.nn.Module, device: torch.device, dtype: torch.dtype) -
                 parameter.data = parameter.data.float()
         # Said for the root as well, whose weights would otherwise stay gathered, and swapped ones not be seen.
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    # Several denoisers return views, and none changes them in place afterwards.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in denoiser.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -141,14 +154,27 @@ def whole(tree: Any) -> Any:
 
     Called by all processes, or not at all. What is not spread stays as it is.
     """
-    if isinstance(tree, Mapping):
-        return {key: whole(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [whole(value) for value in tree]
-    if not isinstance(tree, DTensor):
-        return tree
-    full = tree.detach().full_tensor()
+    return _each(tree, _whole)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full = tensor.detach().full_tensor()
     return full.cpu() if distributed.rank() == 0 else full.new_empty(0)
+
+
+def moved(tree: Any, device: torch.device) -> Any:
+    """Nested mappings and lists with their tensors on a device."""
+    return _each(tree, lambda tensor: tensor.to(device))
+
+
+def _each(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _each(value, function) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_each(value, function) for value in tree]
+    return function(tree) if isinstance(tree, Tensor) else tree
 
 
 def part_of(full: Tensor, like: Tensor) -> Tensor:
@@ -233,7 +259,9 @@ class Company:
         torch.stack(terms).sum().backward()
 
 
-def moments(state: Mapping[int, Mapping[str, Tensor]], parameters: list[torch.nn.Parameter]) -> Iterator[tuple[int, Any]]:
+def moments(
+    state: Mapping[int, Mapping[str, Tensor]], parameters: list[torch.nn.Parameter]
+) -> Iterator[tuple[int, Any]]:
     """The state that an optimiser saved, each parameter's spread as it is."""
     for number, values in state.items():
         yield number, {name: part_of(value, parameters[number]) for name, value in values.items()}

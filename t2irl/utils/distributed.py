@@ -17,7 +17,7 @@ from t2irl.types import TrainingImages
 if TYPE_CHECKING:
     from t2irl.sharding import Company
 
-_company: Company | None = None
+_company: list[Company] = []  # of the run's policy, where its weights are spread over processes
 
 
 def world_size() -> int:
@@ -32,14 +32,13 @@ def rank() -> int:
 
 def keep(company: Company | None) -> None:
     """From now on, whatever else crosses processes waits until all have made the denoiser calls that take all of them."""
-    global _company
-    _company = company
+    _company[:] = [] if company is None else [company]
 
 
 def meet() -> None:
     """Make the denoiser calls of the others with them until all processes are here, where weights are spread over them."""
-    if _company is not None:
-        _company.meet()
+    for company in _company:
+        company.meet()
 
 
 def barrier() -> None:

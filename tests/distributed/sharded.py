@@ -40,7 +40,10 @@ class Extra(Regularizer):
         rows = batch.image % 3 == 0
         if not bool(rows.any()):
             return None
-        return policy.velocity(-batch.x[rows], batch.t[rows], batch.text[rows]).square().mean((1, 2, 3)).sum() * batch.share
+        return (
+            policy.velocity(-batch.x[rows], batch.t[rows], batch.text[rows]).square().mean((1, 2, 3)).sum()
+            * batch.share
+        )
 
 
 def spread() -> bool:
@@ -255,7 +258,10 @@ def _family(name: str, path: Path, settings: dict[str, Any], tune: str = "full")
     gradients = whole([p.grad for name, p in many.trained.items() if one.trained[name].grad is not None])
     result: dict[str, Any] = {"parts": [[local(p).numel(), p.numel()] for p in many.family.denoiser.parameters()]}
     if distributed.rank() == 0:
-        result |= {"gradients": torch.cat([g.flatten() for g in gradients]), "expected": torch.cat([g.flatten() for g in expected])}
+        result |= {
+            "gradients": torch.cat([g.flatten() for g in gradients]),
+            "expected": torch.cat([g.flatten() for g in expected]),
+        }
         if tune == "full":
             saved = many.family.save_denoiser(path / "saved", many.weights() if spread() else None)
             fresh: Any = many.family.denoiser_class.from_pretrained(saved)  # type: ignore[attr-defined]

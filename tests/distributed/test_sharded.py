@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,8 +35,13 @@ def test_two_processes_train_as_one_does(two: Found, scenario: str) -> None:
             torch.testing.assert_close(found[name], weights, rtol=0, atol=0.02 * moved)
     for found, expected in zip(first["metrics"], alone["metrics"], strict=True):
         assert found == pytest.approx(expected, rel=0.03, abs=1e-3)
-    both = [sum(process["work"][name] for process in (first, second)) for name in ("denoiser_forward_images", "denoiser_backward_images")]
-    assert both == [alone["work"][name] for name in ("denoiser_forward_images", "denoiser_backward_images")]  # stand-ins do not count
+    both = [
+        sum(process["work"][name] for process in (first, second))
+        for name in ("denoiser_forward_images", "denoiser_backward_images")
+    ]
+    assert both == [
+        alone["work"][name] for name in ("denoiser_forward_images", "denoiser_backward_images")
+    ]  # stand-ins do not count
 
 
 @pytest.mark.parametrize("scenario", ["lora", "full", "guards"])
@@ -102,5 +106,3 @@ def test_gradients_of_every_kind_of_denoiser(two: Found, name: str) -> None:
     error = (found["gradients"] - found["expected"]).norm() / found["expected"].norm()
     assert error < (0.03 if "bf16" in name else 1e-5)
     assert found.get("saved", True)
-
-
