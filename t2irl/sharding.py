@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -160,7 +160,8 @@ def whole(tree: Any) -> Any:
 def _whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
-    full = tensor.detach().full_tensor()
+    with torch.no_grad():
+        full = tensor.full_tensor()
     return full.cpu() if distributed.rank() == 0 else full.new_empty(0)
 
 
@@ -196,7 +197,8 @@ class Company:
 
     def __init__(self, policy: Policy):
         self.policy, self.family = policy, policy.family
-        self.group = dist.new_group(backend="gloo")  # numbers on the host, so that no GPU waits for them
+        # Numbers on the host, so that no GPU waits for them. Every process is in the group.
+        self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         self.pending: list[Tensor] = []
         self.text = self.family.text([PROMPT])
         noise = torch.randn(1, *self.family.latent_shape, generator=torch.Generator().manual_seed(0))

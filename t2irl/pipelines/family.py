@@ -196,7 +196,7 @@ class PipelineFamily(ModelFamily):
         denoiser.save_pretrained(target, safe_serialization=True)
         return target
 
-    def _made_of(self, weights: dict[str, Tensor]) -> torch.nn.Module:
+    def _made_of(self, weights: dict[str, Tensor]) -> Any:
         """A denoiser with these parameters, which are not copied."""
         with torch.device("meta"):
             fresh = self.denoiser_class.from_config(self.denoiser.config)

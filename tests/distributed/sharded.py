@@ -58,7 +58,8 @@ def snapshot(parts: Parts) -> dict[str, Tensor]:
 
 def learn(run: Run, iterations: int = 3) -> dict[str, Any]:
     """Iterations of the loop: weights after every update, metrics, and what a checkpoint would hold in the end."""
-    parts, found = toy_parts(run, sharded=spread()), {"weights": [], "metrics": [], "held": [], "own": []}
+    parts = toy_parts(run, sharded=spread())
+    found: dict[str, Any] = {"weights": [], "metrics": [], "held": []}
     for _ in range(iterations):
         advantages, rolled = scored(run, parts)
         for regularizer in parts.regularizers.values():

@@ -39,7 +39,7 @@ OPTIONS = (
 def spread(config: Path, *options: str) -> tuple[int, str, str]:
     """Two processes on the CPU, each with a part of the weights."""
     words = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "t2irl", "train", str(config))
-    return call(sys.executable, *words, *options, CUDA_VISIBLE_DEVICES="", **FSDP)
+    return call(sys.executable, *words, *options, CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
 
 
 def close(run: Path, expected: Path) -> None:
