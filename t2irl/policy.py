@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -154,11 +154,7 @@ class Policy:
             self.family.denoiser.enable_adapters()
 
     def at(self, anchor: str) -> AbstractContextManager[None]:
-        """Inside, the denoiser is another policy: `reference`, `average`, or the snapshot of that name; or, where nothing else was
-        asked for, still `trained`."""
-        if anchor == TRAINED:
-            assert self.now == TRAINED, f"the trained weights were put away for {self.now}"
-            return nullcontext()
+        """Inside, the denoiser is another policy: `reference`, `average`, or the snapshot of that name."""
         if anchor == "reference":
             return self.reference()
         return self.averaged() if anchor == "average" else self._swapped(anchor, self.snapshots[anchor])

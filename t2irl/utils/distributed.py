@@ -94,7 +94,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 def together(device: torch.device) -> Iterator[None]:
     """What fails on one process fails on all, so that none waits for one that is gone.
 
-    Every process enters it, and nothing inside crosses processes. Where the trouble is, the error goes on as it is; the
+    Every process enters it, and nothing inside crosses processes but denoiser calls, which may be some processes' alone. Where the trouble is, the error goes on as it is; the
     others raise RunError with its words.
     """
     mine: Exception | None = None
