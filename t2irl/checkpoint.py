@@ -77,22 +77,27 @@ def save(folder: Path, clock: Clock, weights: dict[str, Tensor], state: dict[str
     return target
 
 
-def load(path: Path, device: torch.device) -> tuple[Clock, dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint: clock, weights, state. Raises CheckpointError naming the bad file."""
+def load(path: Path, device: torch.device, mapped: bool = False) -> tuple[Clock, dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint: clock, weights, state. Raises CheckpointError naming the bad file.
+
+    `mapped`: leave tensors in the file until something is done with them, instead of bringing all to `device`; for processes that need a
+    part of each.
+    """
+    device = torch.device("cpu") if mapped else device
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for name in CONTENTS:
             if _sha256(path / name) != manifest["sha256"][name]:
                 raise CheckpointError(f"checkpoint {path}: {name} is damaged (its hash differs from manifest.json)")
         weights = load_file(path / "weights.safetensors", device=str(device))
-        state = torch.load(path / "state.pt", map_location=device, weights_only=True)
+        state = torch.load(path / "state.pt", map_location=device, weights_only=True, mmap=mapped or None)
         return Clock(**manifest["clock"]), weights, state
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
 
 
 def load_newest(
-    folder: Path, device: torch.device, say: Callable[[str], None]
+    folder: Path, device: torch.device, say: Callable[[str], None], mapped: bool = False
 ) -> tuple[Clock, dict[str, Tensor], dict[str, Any]] | None:
     """The newest readable checkpoint, None when there is none. Damaged ones are reported and passed over.
 
@@ -102,7 +107,7 @@ def load_newest(
     problem: CheckpointError | None = None
     for path in reversed(candidates):
         try:
-            return load(path, device)
+            return load(path, device, mapped)
         except CheckpointError as error:
             problem = error
             say(f"warning: {error}; trying the one before it")

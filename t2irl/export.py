@@ -45,8 +45,8 @@ def lora_weights(policy: Policy) -> dict[str, Tensor]:
     assert isinstance(policy.tune, Lora)
     scale = policy.tune.alpha / policy.tune.rank
     weights = {}
-    for name, parameter in policy.trained.items():
-        tensor = parameter.detach().float()
+    for name, tensor in policy.weights().items():
+        tensor = tensor.float()
         weights[name.replace(".default.", ".")] = tensor * scale if ".lora_B." in name else tensor.clone()
     return weights
 
@@ -80,7 +80,7 @@ def export(policy: Policy, run: Run, folder: Path, prompt: str, name: str = "exp
 def _write(policy: Policy, run: Run, out: Path) -> Path:
     """The trained weights as they are now, in the format of the family's pipelines; returns the file or folder."""
     if policy.tune.type == "full":
-        return policy.family.save_denoiser(out)
+        return policy.family.save_denoiser(out, *([policy.weights()] if policy.company else ()))
     dtype = DTYPES[run.model.precision]
     target = policy.family.save_lora(out, {k: v.to(dtype) for k, v in lora_weights(policy).items()})
     _annotate(target, run)

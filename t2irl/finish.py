@@ -66,8 +66,10 @@ def finish(ctx: Context, parts: Parts) -> None:
     if ctx.is_main:
         exported = export(parts.policy, ctx.run, ctx.folder, parts.heldout_prompts[0])
         parts.rewards.export(ctx.folder / "export" / "rewards")
+    best = export_best(ctx, parts) if ctx.is_main or ctx.sharded else None
+    if ctx.is_main:
         summary = summarise(ctx, parts) | {"export": as_dict(exported), "warnings": ctx.warnings}
-        summary |= {"stopped": ctx.stopped, "best": export_best(ctx, parts)}
+        summary |= {"stopped": ctx.stopped, "best": best}
         write_json(ctx.folder / "summary.json", summary)
         report = write_report(ctx.folder)
         ctx.say(_closing(summary, exported.snippet, str(report)))

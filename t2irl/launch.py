@@ -20,7 +20,7 @@ import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
-from t2irl import checkpoint
+from t2irl import checkpoint, sharding
 from t2irl.config import Run
 from t2irl.errors import CheckpointError, ConfigError, Interrupted, RunError, UserError
 from t2irl.types import Clock
@@ -48,6 +48,8 @@ class Context:
         # With several processes on the CPU accelerate numbers it, and cpu:1 is a device that nothing can be loaded to.
         self.device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
         self.is_main = accelerator.is_main_process
+        self.sharded = sharding.asked() and distributed.world_size() > 1
+        """Whether the denoiser's weights are spread over the processes."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.warnings: list[str] = []
         self.stopped: str | None = None
@@ -108,12 +110,15 @@ class Context:
 
     def save(self, parts: Parts) -> Path:
         """Write a checkpoint of the run as it stands; returns where."""
-        folder = self.folder / "checkpoints"
-        if self.is_main:
-            checkpoint.save(
-                folder, parts.clock, parts.policy.state_dict(), parts.state_dict(), self.run.checkpoints.keep
-            )
+        path = self.keep(parts, self.folder / "checkpoints", self.run.checkpoints.keep)
         distributed.barrier()
+        return path
+
+    def keep(self, parts: Parts, folder: Path, number: int) -> Path:
+        """Write a checkpoint to a folder where the newest `number` are kept; on all processes, whose parts the main one writes."""
+        weights, state = parts.policy.state_dict(), parts.state_dict()
+        if self.is_main:
+            checkpoint.save(folder, parts.clock, weights, state, number)
         return checkpoint.path_of(folder, parts.clock.iteration)
 
     def restore(self, parts: Parts) -> None:
@@ -121,11 +126,14 @@ class Context:
         if self.start is None:
             return
         if (self.start / "manifest.json").is_file():
-            source, found = self.start.parent.parent, checkpoint.load(self.start, self.device)
+            source, found = self.start.parent.parent, checkpoint.load(self.start, self.device, self.sharded)
         else:
-            source, found = self.start.parent, checkpoint.load_newest(self.start, self.device, self.warn)
+            source, found = self.start.parent, checkpoint.load_newest(self.start, self.device, self.warn, self.sharded)
         assert found is not None  # open_folder saw a checkpoint
         clock, weights, state = found
+        if self.sharded:  # what is spread stays in the file until each process takes its part
+            others = {name: value for name, value in state.items() if name != "optimizer"}
+            state |= sharding.moved(others, self.device)
         try:
             parts.policy.load_state_dict(weights)
             parts.load_state_dict(state)
@@ -160,7 +168,7 @@ class Context:
 @contextmanager
 def launch(run: Run, resume: str) -> Iterator[Context]:
     """Processes, folder, trackers and signal handlers of a run; undone at the end whatever happens."""
-    refuse_sharding()
+    sharding.asked()  # refuses a way that is not there before anything is done
     if not torch.cuda.is_available():
         keep_heap()
     cpu = on_cpu()
@@ -186,17 +194,7 @@ def launch(run: Run, resume: str) -> Iterator[Context]:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             context.closing.close()
-
-
-def refuse_sharding() -> None:
-    """Raise ConfigError when the launcher asks for sharded weights: see docs/many_gpus.md for why."""
-    for name, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
-        if parse_flag_from_env(variable):
-            raise ConfigError(
-                f"the launcher asks for {name} ({variable}): weights spread over processes are not supported, every process "
-                "holds the whole model. Use configs/accelerate/ddp_8.yaml; where memory is short: LoRA, model.offload, "
-                "model.gradient_checkpointing, update.batch_size"
-            )
+            distributed.keep(None)
 
 
 def on_cpu() -> bool:

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from t2irl.config import Run
 from t2irl.errors import RunError
+from t2irl.sharding import moments, whole
 from t2irl.types import Clock
 from t2irl.utils.distributed import sum_gradients
 
+if TYPE_CHECKING:
+    from t2irl.sharding import Company
+
 
 class Optimizer:
-    """AdamW on float32 parameters. `total_updates` is the length of the learning-rate schedule."""
+    """AdamW on float32 parameters. `total_updates` is the length of the learning-rate schedule.
 
-    def __init__(self, run: Run, parameters: Sequence[torch.nn.Parameter], total_updates: int, device: torch.device):
+    `company`: keeps backward passes the same on all processes, where parameters are spread over them.
+    """
+
+    def __init__(
+        self, run: Run, parameters: Sequence[torch.nn.Parameter], total_updates: int, device: torch.device,
+        company: Company | None = None,
+    ):  # fmt: skip
+        self.company = company
         self.config, self.parameters, self.total_updates = run.optimizer, list(parameters), total_updates
         self.fp16 = run.model.precision == "fp16"
         self.adamw = torch.optim.AdamW(
@@ -37,8 +49,9 @@ class Optimizer:
         return self.config.lr * factor[self.config.schedule]
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of a micro-batch on this process; nothing crosses processes yet."""
-        self.scaler.scale(loss).backward()
+        """Accumulate the gradients of a micro-batch; nothing crosses processes yet, unless parameters are spread over them."""
+        loss = self.scaler.scale(loss)
+        loss.backward() if self.company is None else self.company.backward(loss)
 
     def step(self, clock: Clock) -> tuple[Tensor, float]:
         """Sum gradients over processes, clip and step. Returns the norm before clipping and the learning rate.
@@ -47,7 +60,9 @@ class Optimizer:
         """
         sum_gradients(self.parameters)
         self.scaler.unscale_(self.adamw)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm, foreach=True)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm, foreach=True)
         if not self.fp16 and not bool(norm.isfinite()):
             raise RunError(
                 f"the gradient of update {clock.update} (iteration {clock.iteration}) is not finite. The last checkpoint is "
@@ -62,14 +77,15 @@ class Optimizer:
         return norm.detach(), lr
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and loss scale."""
-        return {"adamw": self.adamw.state_dict(), "scaler": self.scaler.state_dict()}
+        """Moments and loss scale. Spread ones are put together on the main process: all processes call it."""
+        return {"adamw": whole(self.adamw.state_dict()), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave. Betas, decay and learning rate stay those of the config, so that a continued run
         may change them."""
         kept = [{k: v for k, v in g.items() if k != "params"} for g in self.adamw.param_groups]
-        self.adamw.load_state_dict(state["adamw"])
+        saved = dict(moments(state["adamw"]["state"], self.parameters))
+        self.adamw.load_state_dict({**state["adamw"], "state": saved})
         for group, settings in zip(self.adamw.param_groups, kept, strict=True):
             group.update(settings)
         self.scaler.load_state_dict(state["scaler"])

@@ -13,9 +13,11 @@ from torch import Tensor
 from t2irl.config import Lora, Run
 from t2irl.dynamics.base import Dynamics, Reduction
 from t2irl.errors import ConfigError
-from t2irl.models.base import ModelFamily
+from t2irl.models.base import DTYPES, ModelFamily
 from t2irl.registry import did_you_mean
+from t2irl.sharding import TRAINED, Company, local, part_of, shard, whole
 from t2irl.types import MicroBatch, Prediction, TextEmbeds
+from t2irl.utils import distributed
 
 
 class Policy:
@@ -23,10 +25,11 @@ class Policy:
 
     `trained` maps names to float32 parameters; everything else is frozen. With LoRA the reference policy is the denoiser
     without its adapters, with full fine-tuning a copy of the initial weights. `snapshots` holds further copies of the trained
-    weights by name; they are saved with the run.
+    weights by name; they are saved with the run. With `sharded` each process holds a part of every weight and every copy; all
+    processes must then build the policy.
     """
 
-    def __init__(self, run: Run, family: ModelFamily, dynamics: Dynamics, reduction: Reduction):
+    def __init__(self, run: Run, family: ModelFamily, dynamics: Dynamics, reduction: Reduction, sharded: bool = False):
         self.family, self.dynamics = family, dynamics
         self.reduction: Reduction = reduction
         if not dynamics.recorded:
@@ -38,14 +41,21 @@ class Policy:
             self._add_adapters(self.tune, run.seed)
         else:
             family.denoiser.requires_grad_(True)
+        if sharded:
+            shard(family.denoiser, family.device, DTYPES[run.model.precision])
         self.trained: dict[str, torch.nn.Parameter] = {}
         for name, parameter in family.denoiser.named_parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+                if not sharded:
+                    parameter.data = parameter.data.float()
                 self.trained[name] = parameter
         self._initial = self._copy() if self.tune.type == "full" else None
         self.average = self._copy() if self.ema is not None else None
         self.snapshots: dict[str, dict[str, Tensor]] = {}
+        self.now = TRAINED
+        """Which weights the denoiser has: `trained`, or another policy that `at` knows."""
+        self.company = family.company = Company(self) if sharded else None
+        distributed.keep(self.company)
 
     def _add_adapters(self, tune: Lora, seed: int) -> None:
         from peft import LoraConfig
@@ -92,15 +102,30 @@ class Policy:
         torch._foreach_lerp_(shadows, [p.detach() for p in self.trained.values()], 1 - decay)
 
     @contextmanager
-    def _swapped(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        kept = {name: p.data for name, p in self.trained.items()}
-        for name, p in self.trained.items():
-            p.data = weights[name]
+    def _as(self, name: str) -> Iterator[None]:
+        before, self.now = self.now, name
         try:
             yield
         finally:
-            for name, p in self.trained.items():
-                p.data = kept[name]
+            self.now = before
+
+    @contextmanager
+    def _swapped(self, name: str, weights: dict[str, Tensor]) -> Iterator[None]:
+        kept = {n: p.data if self.company is None else local(p).clone() for n, p in self.trained.items()}
+        self._put(weights)
+        try:
+            with self._as(name):
+                yield
+        finally:
+            self._put(kept)
+
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        """Give the denoiser these weights; FSDP gathers what is in memory of its own, so that spread ones are copied there."""
+        for name, p in self.trained.items():
+            if self.company is None:
+                p.data = weights[name]
+            else:
+                local(p).copy_(local(weights[name]))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -108,19 +133,23 @@ class Policy:
         if self.average is None:
             yield
         else:
-            with self._swapped(self.average):
+            with self._swapped("average", self.average):
                 yield
 
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, the denoiser is the reference policy."""
         if self._initial is not None:
-            with self._swapped(self._initial):
+            with self._swapped("reference", self._initial):
                 yield
             return
         self.family.denoiser.disable_adapters()
+        if self.company is not None:
+            for parameter in self.trained.values():  # FSDP asks at the first call what is trained
+                parameter.requires_grad_(True)
         try:
-            yield
+            with self._as("reference"):
+                yield
         finally:
             self.family.denoiser.enable_adapters()
 
@@ -128,7 +157,7 @@ class Policy:
         """Inside, the denoiser is another policy: `reference`, `average`, or the snapshot of that name."""
         if anchor == "reference":
             return self.reference()
-        return self.averaged() if anchor == "average" else self._swapped(self.snapshots[anchor])
+        return self.averaged() if anchor == "average" else self._swapped(anchor, self.snapshots[anchor])
 
     @contextmanager
     def fused(self) -> Iterator[None]:
@@ -136,14 +165,14 @@ class Policy:
         products a layer. For sampling without gradient and without densities, which must be those of the update to the bit.
 
         Leaves the layers as they were, to the bit. Does nothing without `speed.fuse_lora`, for full fine-tuning, for the reference policy, whose adapters
-        are off, nor for layers below float32, where small changes would be rounded away.
+        are off, nor for layers below float32, where small changes would be rounded away, nor for weights spread over processes.
         """
         from peft.tuners.lora import Linear
 
         layers = [m for m in self.family.denoiser.modules() if isinstance(m, Linear) and self.fuse]
         plain = [cast(Tensor, layer.get_base_layer().weight) for layer in layers]
         off = any(layer.disable_adapters for layer in layers)
-        if not layers or off or any(weight.dtype != torch.float32 for weight in plain):
+        if not layers or off or self.company is not None or any(weight.dtype != torch.float32 for weight in plain):
             yield
             return
         kept = [weight.data for weight in plain]
@@ -157,27 +186,47 @@ class Policy:
             for weight, data in zip(plain, kept, strict=True):
                 weight.data = data
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Trained weights, their average and snapshots, by `trained.<name>`, `average.<name>`, `snapshot.<snapshot>.<name>`."""
-        state = {f"trained.{n}": p.detach() for n, p in self.trained.items()}
-        return state | {f"{kind}.{n}": t for kind, copy in self._copies().items() for n, t in copy.items()}
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights that the denoiser has now, whole. Spread ones for the main process alone, on the host."""
+        found: dict[str, Tensor] = {name: p.detach() for name, p in self.trained.items()}
+        return found if self.company is None else self.company.gather(found)
 
-    def _copies(self) -> dict[str, dict[str, Tensor]]:
-        """Every copy of the trained weights that is saved, by the prefix of its tensors."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Trained weights, their average and snapshots, by `trained.<name>`, `average.<name>`, `snapshot.<snapshot>.<name>`.
+
+        Spread ones are put together on the main process: all processes call it.
+        """
+        return whole({f"{kind}.{n}": t.detach() for kind, copy in self._saved().items() for n, t in copy.items()})
+
+    def _saved(self) -> dict[str, dict[str, Tensor]]:
+        """The trained weights and every copy of them that is saved, by the prefix of its tensors."""
         average = {} if self.average is None else {"average": self.average}
-        return average | {f"snapshot.{name}": weights for name, weights in self.snapshots.items()}
+        snapshots = {f"snapshot.{name}": weights for name, weights in self.snapshots.items()}
+        return {TRAINED: dict(self.trained), **average, **snapshots}
+
+    @contextmanager
+    def restored(self, state: dict[str, Any]) -> Iterator[None]:
+        """Inside, the policy is what `state_dict` gave; afterwards what it was."""
+        kept = {kind: {n: local(t).clone() for n, t in copy.items()} for kind, copy in self._saved().items()}
+        self.load_state_dict(state)
+        try:
+            yield
+        finally:
+            for kind, copy in self._saved().items():
+                for name, tensor in copy.items():
+                    local(tensor).copy_(kept[kind][name])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave. Raises KeyError for a missing tensor, ValueError for another shape."""
         with torch.no_grad():
-            for prefix, target in {"trained": self.trained, **self._copies()}.items():
+            for prefix, target in self._saved().items():
                 for name, tensor in target.items():
                     saved = state[f"{prefix}.{name}"]
                     if saved.shape != tensor.shape:
                         raise ValueError(
                             f"{prefix}.{name} has shape {tuple(saved.shape)}, expected {tuple(tensor.shape)}"
                         )
-                    tensor.copy_(saved)
+                    local(tensor).copy_(local(part_of(saved, tensor)))
 
 
 def check_levels(kind: str, dynamics: Dynamics, family: ModelFamily) -> None:

@@ -76,7 +76,7 @@ def use_attention(backend: str, family: ModelFamily) -> None:
 
 def attention_problem(backend: str, denoiser: Any) -> str | None:
     """Why a denoiser cannot have an attention backend, None if it can."""
-    name = type(denoiser).__name__
+    name = type(denoiser).__name__.removeprefix("FSDP")  # put there where weights are spread over processes
     if name in ("QwenImageTransformer2DModel", "ZImageTransformer2DModel"):
         return f"{name} masks the padding of texts, which the package's kernels cannot be trusted with here"
     if dispatches(denoiser):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from t2irl import registry, speed
+from t2irl import registry, sharding, speed
 from t2irl.algebra.pipeline import Pipeline
 from t2irl.algorithms.base import Algorithm
 from t2irl.batches import micro_batches, updates
@@ -75,7 +75,8 @@ class Parts:
 def build(run: Run, ctx: Context) -> Parts:
     """Load and construct everything; cheap checks come before heavy loading."""
     geometry = Geometry.of(run, distributed.world_size())
-    ctx.say(describe(run, distributed.world_size()) if ctx.is_main else "")
+    sharding.check(run, ctx.sharded)
+    ctx.say(describe(run, distributed.world_size()) + sharding.note(ctx.sharded) if ctx.is_main else "")
     prompts, heldout_prompts = (
         load_prompts(run.data.prompts, "data.prompts"),
         load_prompts(run.data.heldout, "data.heldout"),
@@ -90,7 +91,7 @@ def build(run: Run, ctx: Context) -> Parts:
     regularizers = {name: registry.build("regularizers", config) for name, config in run.regularizers.items()}
     check_files(run, prompts.texts, heldout_prompts.texts)
     family = registry.build("models", run.model, ctx.device)
-    policy = Policy(run, family, dynamics, algorithm.reduction)
+    policy = Policy(run, family, dynamics, algorithm.reduction, ctx.sharded)
     speed.apply(run.speed, family)
     ctx.closing.callback(speed.use_tf32(run.speed.tf32))
     rewards, heldout = (
@@ -99,7 +100,7 @@ def build(run: Run, ctx: Context) -> Parts:
     )
     for reward_set in (rewards, heldout):
         reward_set.prepare(prompts.texts, heldout_prompts.texts, family, trained=reward_set is rewards)
-    optimizer = Optimizer(run, list(policy.trained.values()), geometry.total_updates, ctx.device)
+    optimizer = Optimizer(run, list(policy.trained.values()), geometry.total_updates, ctx.device, policy.company)
     return Parts(
         family, policy, algorithm, rewards, heldout, regularizers, optimizer, prompts.texts, heldout_prompts.texts, geometry, Clock()
     )  # fmt: skip

@@ -24,7 +24,7 @@ def watch(ctx: Context, parts: Parts, metrics: Mapping[str, float]) -> dict[str,
     """
     run, iteration = ctx.run, parts.clock.iteration
     found: dict[str, float] = {}
-    stopped: str | None = None
+    stopped, best = None, False
     if ctx.is_main:
         rows = [row for row in read_metrics(ctx.folder) if row["iteration"] < iteration]
         base = rows[0] if rows else metrics
@@ -38,19 +38,20 @@ def watch(ctx: Context, parts: Parts, metrics: Mapping[str, float]) -> dict[str,
                 if alarm.iteration == iteration:
                     ctx.warn(f"{alarm.rule} at iteration {iteration}: {alarm.text}")
                     stopped = stopped or (alarm.rule if alarm.rule in run.monitors.stop else None)
-            if run.monitors.best != "none" and best_iteration(rows, watched) == iteration:
-                _keep_best(ctx, parts)
-    found, ctx.stopped = distributed.gather_objects((found, stopped))[0]
+            best = run.monitors.best != "none" and best_iteration(rows, watched) == iteration
+    found, ctx.stopped, best = distributed.gather_objects((found, stopped, best))[0]
+    if best:
+        _keep_best(ctx, parts)
     if ctx.stopped is not None and iteration < run.iterations:
         ctx.say(f"stopping early at iteration {iteration}: {ctx.stopped} is among monitors.stop")
     return found
 
 
 def _keep_best(ctx: Context, parts: Parts) -> None:
-    """Write a checkpoint into `best` and drop the one before it. Main process only."""
+    """Write a checkpoint into `best` and drop the one before it."""
     folder = ctx.folder / "best"
-    kept = checkpoint.save(folder, parts.clock, parts.policy.state_dict(), parts.state_dict(), keep=2)
-    for old in checkpoint.available(folder):
+    kept = ctx.keep(parts, folder, 2)
+    for old in checkpoint.available(folder) if ctx.is_main else ():
         if old != kept:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -58,17 +59,19 @@ def _keep_best(ctx: Context, parts: Parts) -> None:
 def export_best(ctx: Context, parts: Parts) -> dict[str, Any] | None:
     """Which checkpoint is in `best`; with `monitors.best: export` its weights are also written to `export_best`.
 
-    None if none was kept. Main process only; the policy has its own weights again afterwards.
+    None if none was kept. Called by all processes where weights are spread over them, else by the main one alone; the policy has its own
+    weights again afterwards.
     """
+    distributed.meet()  # the main process may be drawing with the present weights
     there = checkpoint.available(ctx.folder / "best")
     if not there or ctx.run.monitors.best == "none":
         return None
     found: dict[str, Any] = {"iteration": checkpoint.iteration_of(there[-1])}
     if ctx.run.monitors.best == "export":
-        _, weights, _ = checkpoint.load(there[-1], ctx.device)
-        last = {name: tensor.clone() for name, tensor in parts.policy.state_dict().items()}
-        parts.policy.load_state_dict(weights)
-        exported = export(parts.policy, ctx.run, ctx.folder, parts.heldout_prompts[0], "export_best")
-        parts.policy.load_state_dict(last)
-        found["export"] = as_dict(exported)
+        _, weights, _ = checkpoint.load(there[-1], ctx.device, mapped=ctx.sharded)
+        with parts.policy.restored(weights):
+            if ctx.is_main:
+                exported = export(parts.policy, ctx.run, ctx.folder, parts.heldout_prompts[0], "export_best")
+                found["export"] = as_dict(exported)
+            distributed.meet()
     return found

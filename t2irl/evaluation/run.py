@@ -8,6 +8,7 @@ import torch
 import yaml
 from accelerate import PartialState
 
+from t2irl import sharding
 from t2irl.data import load_prompts
 from t2irl.errors import ConfigError
 from t2irl.evaluation.eval_page import write_page
@@ -28,6 +29,7 @@ from t2irl.utils.tracking import write_atomic
 
 def evaluate(settings: Evaluated, words: Sequence[str], stage: str, command: str) -> None:
     """Run a stage, or all of them. Everything that can be refused is refused before the first picture is drawn."""
+    sharding.refuse("t2irl eval")
     subjects = resolve(words, settings)
     work, prompts, images = plan(settings, subjects)
     rows = [job.row for job in work]

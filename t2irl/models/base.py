@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from t2irl.config import Strict
 from t2irl.types import TextEmbeds
+
+if TYPE_CHECKING:
+    from t2irl.sharding import Company
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -76,6 +79,8 @@ class ModelFamily:
     """Both branches of guidance in one call, or one after the other (`speed.guidance_in_one_call`)."""
     compiled: bool = False
     """Whether blocks are compiled, so that calls with and without gradient may round differently."""
+    company: Company | None = None
+    """Keeps denoiser calls the same on all processes where weights are spread over them."""
 
     def __init__(self, config: Any, device: torch.device):
         self.config, self.device = config, device
@@ -126,8 +131,11 @@ class ModelFamily:
         """Write adapter weights (scale folded in) as this family's pipelines load them; returns the file."""
         raise NotImplementedError
 
-    def save_denoiser(self, folder: Path) -> Path:
-        """Write the whole denoiser as this family's pipelines load it; returns its folder."""
+    def save_denoiser(self, folder: Path, weights: dict[str, Tensor] | None = None) -> Path:
+        """Write the whole denoiser as this family's pipelines load it; returns its folder.
+
+        `weights`: all of its parameters, given where each process holds a part of them only.
+        """
         raise NotImplementedError
 
     def sample_pipeline(
@@ -189,12 +197,19 @@ class ModelFamily:
         images = len(latents)
         self.work["denoiser_forward_calls"] += 1
         self.work["denoiser_forward_images"] += images
-        dtype = DTYPES[self.config.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            result = self.denoise(latents, t, text)
+        if self.company is None:
+            result = self.compute(latents, t, text)
+        else:
+            result = self.company.call(lambda: self.compute(latents, t, text))
         if result.requires_grad:
             result.register_hook(lambda grad: self._count_backward(images))
-        return result.float()
+        return result
+
+    def compute(self, latents: Tensor, t: Tensor, text: TextEmbeds) -> Tensor:
+        """`denoise` in the model's precision, float32; not counted as work."""
+        dtype = DTYPES[self.config.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            return self.denoise(latents, t, text).float()
 
     def _count_backward(self, images: int) -> None:
         self.work["denoiser_backward_images"] += images

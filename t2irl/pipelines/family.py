@@ -58,6 +58,7 @@ class PipelineFamily(ModelFamily):
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval().to("cpu" if name in self.resting else device)
         self.denoiser = getattr(self.pipe, self.part)
+        self.denoiser_class = type(self.denoiser)  # FSDP gives it another one
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         self.latent_shape = self._latent_shape()
@@ -188,11 +189,21 @@ class PipelineFamily(ModelFamily):
         type(self.pipe).save_lora_weights(folder, **layers, safe_serialization=True)
         return folder / "pytorch_lora_weights.safetensors"
 
-    def save_denoiser(self, folder: Path) -> Path:
+    def save_denoiser(self, folder: Path, weights: dict[str, Tensor] | None = None) -> Path:
         """A folder named as the denoiser's in a pipeline."""
         target = folder / self.part
-        self.denoiser.save_pretrained(target, safe_serialization=True)
+        denoiser = self.denoiser if weights is None else self._made_of(weights)
+        denoiser.save_pretrained(target, safe_serialization=True)
         return target
+
+    def _made_of(self, weights: dict[str, Tensor]) -> Any:
+        """A denoiser with these parameters, which are not copied."""
+        with torch.device("meta"):
+            fresh = self.denoiser_class.from_config(self.denoiser.config)
+        buffers = dict(self.denoiser.named_buffers())
+        saved = {name: buffers.get(name, weights.get(name)) for name in fresh.state_dict()}
+        fresh.load_state_dict(saved, assign=True)
+        return fresh
 
     def sample_pipeline(
         self, trained: Path | None, prompt: str, latents: Tensor, steps: int, guidance: float, negative: str
@@ -205,7 +216,7 @@ class PipelineFamily(ModelFamily):
         whole = trained is not None and trained.is_dir()
         source = trained if whole else self.config.path / self.part
         with quiet(hints=False):
-            fresh = type(self.denoiser).from_pretrained(source, torch_dtype=self.dtype).to(self.device)
+            fresh = self.denoiser_class.from_pretrained(source, torch_dtype=self.dtype).to(self.device)
             pipe = type(self.pipe).from_pretrained(self.config.path, **{self.part: fresh}, **shared)
             if trained is not None and not whole:
                 pipe.load_lora_weights(trained.parent, weight_name=trained.name)
@@ -224,7 +235,7 @@ class PipelineFamily(ModelFamily):
     def loading_snippet(self, trained: Path, prompt: str, steps: int, guidance: float, negative: str) -> str:
         """For the class of the folder's pipeline."""
         whole, loader, dtype = trained.is_dir(), type(self.pipe).__name__, f"torch_dtype={self.dtype}"
-        denoiser, size = type(self.denoiser).__name__, self.config.resolution
+        denoiser, size = self.denoiser_class.__name__, self.config.resolution
         lines = [
             "import torch",
             f"from diffusers import {f'{denoiser}, ' * whole}{loader}",

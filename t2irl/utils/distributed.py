@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from t2irl.errors import RunError, UserError
 from t2irl.types import TrainingImages
+
+if TYPE_CHECKING:
+    from t2irl.sharding import Company
+
+_company: list[Company] = []  # of the run's policy, where its weights are spread over processes
 
 
 def world_size() -> int:
@@ -24,8 +30,20 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def keep(company: Company | None) -> None:
+    """From now on, whatever else crosses processes waits until all have made the denoiser calls that take all of them."""
+    _company[:] = [] if company is None else [company]
+
+
+def meet() -> None:
+    """Make the denoiser calls of the others with them until all processes are here, where weights are spread over them."""
+    for company in _company:
+        company.meet()
+
+
 def barrier() -> None:
     """Wait for all processes."""
+    meet()
     if world_size() > 1:
         dist.barrier()
 
@@ -39,6 +57,7 @@ def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
     """Rows of all processes, in process order, on the CPU. Every process has equally many; dtypes stay."""
     if world_size() == 1:
         return rows.cpu()
+    meet()
     mine = rows.to(device).contiguous()
     parts = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(parts, mine)
@@ -49,6 +68,7 @@ def gather_objects(mine: Any) -> list[Any]:
     """Small Python objects of all processes, in process order."""
     if world_size() == 1:
         return [mine]
+    meet()
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, mine)
     return found
@@ -64,6 +84,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
     """True on all processes if it is true on one."""
     if world_size() == 1:
         return flag
+    meet()
     value = torch.tensor(int(flag), device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value)
@@ -73,7 +94,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 def together(device: torch.device) -> Iterator[None]:
     """What fails on one process fails on all, so that none waits for one that is gone.
 
-    Every process enters it, and nothing inside crosses processes. Where the trouble is, the error goes on as it is; the
+    Every process enters it, and nothing inside crosses processes but denoiser calls, which may be some processes' alone. Where the trouble is, the error goes on as it is; the
     others raise RunError with its words.
     """
     mine: Exception | None = None
@@ -94,13 +115,14 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace every gradient by its sum over processes, in one transfer. A missing gradient counts as 0.
 
     Loss terms are already divided by the global count, so the sum is the gradient of the whole update, whatever each
-    process held.
+    process held. Those of spread parameters were summed in the backward passes.
     """
+    meet()
     parameters = list(parameters)
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    if world_size() == 1:
+    if world_size() == 1 or isinstance(parameters[0], DTensor):
         return
     flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
     dist.all_reduce(flat)

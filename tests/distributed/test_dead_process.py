@@ -21,22 +21,27 @@ LIMIT = 60
 """Seconds that the other process may take."""
 
 
-def start(config: Path) -> list[subprocess.Popen[str]]:
-    """Two processes of a long run, without a launcher: that would end the second one itself."""
+def start(config: Path, spread: bool) -> list[subprocess.Popen[str]]:
+    """Two processes of a long run, without a launcher: that would end the second one itself. `spread`: each has half the weights."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
+    variables |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if spread else {}
     words = (sys.executable, "-m", "t2irl", "train", str(config), "--iterations=5000", "--evaluation.every=0")
     return [spawn(*words, **variables, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGKILL, 4), (signal.SIGTERM, 128 + signal.SIGTERM)], ids=str)
+@pytest.mark.parametrize(
+    "number, code, spread",
+    [(signal.SIGKILL, 4, False), (signal.SIGTERM, 128 + signal.SIGTERM, False), (signal.SIGKILL, 4, True)],
+    ids=str,
+)
 def test_the_other_process_ends(
-    tmp_path: Path, sd3_folder: Callable[..., Path], number: signal.Signals, code: int
+    tmp_path: Path, sd3_folder: Callable[..., Path], number: signal.Signals, code: int, spread: bool
 ) -> None:
     """Killed: with a message and exit code 4. Asked to stop, on one process: both save together and say so."""
-    processes = start(base_config(tmp_path, sd3_folder()))
+    processes = start(base_config(tmp_path, sd3_folder()), spread)
     saved = tmp_path / "run" / "checkpoints"
     try:
         deadline = time.monotonic() + 200

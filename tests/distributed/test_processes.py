@@ -24,13 +24,15 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 
-def together(folder: Path, scenarios: str, processes: int = 2) -> list[dict[str, Any]]:
+def together(
+    folder: Path, scenarios: str, processes: int = 2, module: str = "tests.distributed.worker"
+) -> list[dict[str, Any]]:
     """Run scenarios in `processes` processes; what each of them gives, in process order."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     outputs = [folder / f"{rank}.pt" for rank in range(processes)]
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.worker", str(rank), str(processes), str(folder / "store"), str(out), scenarios],
+            [sys.executable, "-m", module, str(rank), str(processes), str(folder / "store"), str(out), scenarios],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank, out in enumerate(outputs)

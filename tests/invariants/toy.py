@@ -154,16 +154,16 @@ def toy_run(changes: Mapping[str, Any] | None = None) -> Run:
     return Run.model_validate(merged(tree, changes or {}))
 
 
-def toy_parts(run: Run, device: torch.device | str = "cpu") -> Parts:
+def toy_parts(run: Run, device: torch.device | str = "cpu", sharded: bool = False) -> Parts:
     """Everything that the loop needs, as `t2irl.train.build` makes it, without a run folder."""
     device = torch.device(device)
     geometry = Geometry.of(run, distributed.world_size())
     algorithm = registry.build("algorithms", run.algorithm)
     family = registry.build("models", run.model, device)
-    policy = Policy(run, family, registry.build("dynamics", run.rollout.dynamics), algorithm.reduction)
+    policy = Policy(run, family, registry.build("dynamics", run.rollout.dynamics), algorithm.reduction, sharded)
     rewards, heldout = (RewardSet(configs, device, 16, family.work) for configs in (run.rewards, run.heldout_rewards))
     regularizers = {name: registry.build("regularizers", config) for name, config in run.regularizers.items()}
-    optimizer = Optimizer(run, list(policy.trained.values()), geometry.total_updates, device)
+    optimizer = Optimizer(run, list(policy.trained.values()), geometry.total_updates, device, policy.company)
     return Parts(
         family, policy, algorithm, rewards, heldout, regularizers, optimizer, PROMPTS, PROMPTS, geometry, Clock()
     )

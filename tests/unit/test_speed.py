@@ -14,7 +14,7 @@ from torch import Tensor
 from t2irl import registry, speed
 from t2irl.errors import ConfigError
 from t2irl.geometry import Geometry
-from t2irl.launch import check_same, refuse_sharding
+from t2irl.launch import check_same
 from t2irl.loading import dump_run
 from t2irl.models.base import ModelFamily
 from t2irl.policy import Policy
@@ -198,12 +198,3 @@ def test_tf32_is_put_back() -> None:
         assert [p.allow_tf32 for p in places] == [value] * 2
         undo()
         assert [p.allow_tf32 for p in places] == before
-
-
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_sharding_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
-    """At launch, by name."""
-    refuse_sharding()
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(ConfigError, match=f"{variable}.*ddp_8"):
-        refuse_sharding()
