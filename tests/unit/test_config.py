@@ -303,6 +303,7 @@ def test_every_plugin_survives_a_round_trip(files: Files, kind: str, name: str) 
     places: dict[str, Any] = {
         "models": {"model": entry},
         "dynamics": {"rollout": {"dynamics": entry}},
+        "engines": {"rollout": {"engine": entry}},
         "algorithms": {"algorithm": entry},
         "rewards": {"rewards": {"mine": entry}, "heldout_rewards": {"other": entry}},
         "regularizers": {"regularizers": {"mine": entry}},
