@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -92,13 +93,13 @@ class Apart(RolloutEngine):
 
     def sync(self, version: int, weights: Mapping[str, Tensor]) -> None:
         """Send them."""
-        self.pipe.send(dict(weights))
+        send(self.pipe, dict(weights))
 
     def generate(self, request: Request, finished: Finished) -> Trajectory:
         """Ask for it, and listen."""
         try:
-            self.pipe.send(request)
-            while not isinstance(said := self.pipe.recv(), Trajectory):
+            send(self.pipe, request)
+            while not isinstance(said := receive(self.pipe), Trajectory):
                 finished(*said)
         except (EOFError, OSError) as error:
             raise RunError("the process that draws is gone") from error
@@ -110,6 +111,16 @@ class Apart(RolloutEngine):
         self.process.join()
 
 
+def send(pipe: Connection, thing: Any) -> None:
+    """By value: `pipe.send` would share the memory of tensors."""
+    pipe.send_bytes(pickle.dumps(thing))
+
+
+def receive(pipe: Connection) -> Any:
+    """What `send` sent."""
+    return pickle.loads(pipe.recv_bytes())
+
+
 def serve(pipe: Connection, tree: dict[str, Any], rollouts: int) -> None:
     """What the process does: weights come as mappings, everything else is a request."""
     run = Run.model_validate(tree)
@@ -117,9 +128,9 @@ def serve(pipe: Connection, tree: dict[str, Any], rollouts: int) -> None:
     algorithm = registry.build("algorithms", run.algorithm)
     policy = Policy(run, family, registry.build("dynamics", run.rollout.dynamics), algorithm.reduction)
     while rollouts:
-        asked = pipe.recv()
+        asked = receive(pipe)
         if isinstance(asked, dict):
             take(policy, asked)
         else:
             rollouts -= 1
-            pipe.send(drawn(policy, asked, lambda rows, images: pipe.send((rows, images))))
+            send(pipe, drawn(policy, asked, lambda rows, images: send(pipe, (rows, images))))

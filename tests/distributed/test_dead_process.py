@@ -21,13 +21,13 @@ LIMIT = 60
 """Seconds that the other process may take."""
 
 
-def start(config: Path) -> list[subprocess.Popen[str]]:
+def start(config: Path, *options: str) -> list[subprocess.Popen[str]]:
     """Two processes of a long run, without a launcher: that would end the second one itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
-    words = (sys.executable, "-m", "t2irl", "train", str(config), "--iterations=5000", "--evaluation.every=0")
+    words = (sys.executable, "-m", "t2irl", "train", str(config), "--iterations=5000", "--evaluation.every=0", *options)
     return [spawn(*words, **variables, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
 
 
