@@ -134,9 +134,7 @@ def train(run: Run, *, resume: str = "auto") -> Path:
             iteration = clock.iteration
             groups = own_groups(run, parts)
             parts.pipeline.meet(ctx, parts)
-            window = geometry.trained_timesteps(iteration, run.seed)
-            noise = Noise(run.seed, iteration, run.rollout.same_noise)
-            request = Request(clock.update, groups, levels, window, noise, run.rollout.batch_size)
+            request = request_of(run, parts, groups, levels)
             with ctx.timed("rollout", len(groups)) as advance:
                 trajectory, drawn = draw(parts.engine, policy, request, parts.scorer.watch(groups, advance))
             # 2. Score: {name: (B,)}; NaN means "does not apply". With overlap most of it is done by now.
@@ -180,6 +178,14 @@ def own_groups(run: Run, parts: Parts) -> PromptGroups:
     ids = prompt_ids(parts.clock.iteration, len(parts.prompts), run.rollout.prompts, run.seed)
     lines, members = images_of(ids, run.rollout.group_size, distributed.world_size(), distributed.rank())
     return PromptGroups.of(parts.prompts, lines, members)
+
+
+def request_of(run: Run, parts: Parts, groups: PromptGroups, levels: torch.Tensor) -> Request:
+    """What an engine is asked to draw in the present iteration."""
+    iteration = parts.clock.iteration
+    window = parts.geometry.trained_timesteps(iteration, run.seed)
+    noise = Noise(run.seed, iteration, run.rollout.same_noise)
+    return Request(parts.clock.update, groups, levels, window, noise, run.rollout.batch_size)
 
 
 def shaped(advantages: torch.Tensor, scored: Rollout, parts: Parts) -> torch.Tensor:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from t2irl.engines.base import Request, RolloutEngine, draw
+from t2irl.engines.base import RolloutEngine, draw
 from t2irl.engines.local import Local
 from t2irl.errors import RunError
-from t2irl.rollout import Finished, Noise, log_densities
-from t2irl.train import Parts, own_groups
+from t2irl.rollout import Finished, log_densities
+from t2irl.train import Parts, own_groups, request_of
 from t2irl.types import Trajectory
 from tests.engines import Copy, Deaf, Silent
 from tests.invariants.toy import toy_parts, toy_rollout, toy_run
@@ -31,19 +31,11 @@ def parts_of(engine: str, **rollout: Any) -> Parts:
     return toy_parts(toy_run({"rollout": {"engine": {"type": name}, **rollout}}))
 
 
-def request_of(parts: Parts) -> Request:
-    """The rollout that the loop asks for."""
-    run, clock = parts.geometry.run, parts.clock
-    levels, window = parts.family.levels(run.rollout.steps), parts.geometry.trained_timesteps(clock.iteration, run.seed)
-    noise = Noise(run.seed, clock.iteration)
-    return Request(clock.update, own_groups(run, parts), levels, window, noise, run.rollout.batch_size)
-
-
-def draw_of(
-    parts: Parts, finished: Finished = lambda rows, images: None, **changes: Any
-) -> tuple[Trajectory, dict[str, float]]:
+def draw_of(parts: Parts, finished: Finished = lambda rows, images: None) -> tuple[Trajectory, dict[str, float]]:
     """What the loop gets."""
-    return draw(parts.engine, parts.policy, replace(request_of(parts), **changes), finished)
+    run = parts.geometry.run
+    request = request_of(run, parts, own_groups(run, parts), parts.family.levels(run.rollout.steps))
+    return draw(parts.engine, parts.policy, request, finished)
 
 
 def move(parts: Parts) -> None:
@@ -86,7 +78,8 @@ def test_another_engine_gives_the_same_trajectory(name: str, engine: str) -> Non
             assert_equal(found, expected)
         assert nothing == {}
         assert metrics == ({} if engine == "Silent" or name == "matching" else {"policy/engine_gap": 0.0})
-        move(ours), move(theirs)
+        for parts in (ours, theirs):
+            move(parts)
     assert theirs.engine.synced == [0, 1]
 
 

@@ -72,7 +72,8 @@ def trajectory() -> Trajectory:
     """Random pictures, one for each prompt."""
     images = torch.randint(0, 256, (IMAGES, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     groups = PromptGroups.of(PROMPTS, list(range(IMAGES)), list(range(IMAGES)))
-    return Trajectory(groups, *[torch.empty(0)] * 4, images)
+    empty = torch.empty(0)
+    return Trajectory(groups, empty, empty, empty, empty, images)
 
 
 def rows_of(*ends: int) -> list[slice]:
