@@ -134,6 +134,11 @@ class Rollout(Strict):
     """One initial noise for all images of a group (DanceGRPO)."""
     batch_size: PositiveInt = 64
     """Images in one denoiser call, per process."""
+    engine: Plugin("engines") = {"type": "local"}  # type: ignore[valid-type]
+    """What draws the pictures: this process, or a class of your own that hands the work to a server. See docs/rollout_engines.md."""
+    overlap_scoring: bool | None = None
+    """Score the pictures of a batch while the next one is drawn; the scores are the same to the bit. null: where a reward is
+    computed by another program (`remote`, a judge behind a server). See docs/speed.md."""
 
 
 class Advantage(Strict):

@@ -78,7 +78,8 @@ class Context:
         with self.progress.stage(stage, total) as advance:
             yield advance
         if self.device.type == "cuda":
-            torch.cuda.synchronize()  # at phase borders only, so that the next stage is not billed for this one
+            # At phase borders only, so that the next stage is not billed for this one, nor this one for scoring beside it.
+            torch.cuda.current_stream(self.device).synchronize()
         self.seconds[stage] += time.perf_counter() - started
 
     def take_seconds(self) -> dict[str, float]:

@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 KINDS = {
     "models": "ModelFamily",
     "dynamics": "Dynamics",
+    "engines": "RolloutEngine",
     "algorithms": "Algorithm",
     "rewards": "Reward",
     "regularizers": "Regularizer",

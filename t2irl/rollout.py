@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -13,9 +14,11 @@ from t2irl.data import noise_seed
 from t2irl.dynamics.ode import Ode
 from t2irl.geometry import even_chunks
 from t2irl.policy import Policy
-from t2irl.types import PromptGroups, Trajectory
+from t2irl.types import PromptGroups, TextEmbeds, Trajectory
 
 ODE = Ode(Ode.Config())
+Finished = Callable[[slice, Tensor], None]
+"""What is told of a finished batch: its rows and its (n, 3, H, W) uint8 pictures."""
 
 
 class Noise:
@@ -64,28 +67,49 @@ def rollout(
     noise: Noise,
     batch_size: int,
     guidance: float | None = None,
-    advance: Callable[[int], None] = lambda images: None,
+    finished: Finished = lambda rows, images: None,
 ) -> Trajectory:
     """Sample an image for each entry of `groups`.
 
     `levels`: (N + 1,) noise levels. Timesteps in `window` follow the policy's dynamics and are recorded, all others
     follow the ODE. An empty window gives plain deterministic pictures, and so do dynamics that record nothing: they get
-    noise of as many levels as the window has places. `advance` is told of finished images.
+    noise of as many levels as the window has places.
     """
-    noised = bool(window) and not policy.dynamics.recorded
-    recorded = range(0) if noised else window
-    parts = []
+    recorded, parts = window if policy.dynamics.recorded else range(0), []
     with nullcontext() if recorded else policy.fused():
         for chunk in even_chunks(len(groups), batch_size):
             parts.append(_sample(policy, groups[chunk], levels, recorded, noise, guidance))
-            advance(chunk.stop - chunk.start)
+            finished(chunk, parts[-1][-1])
     latents, log_probs, final, images = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    trained = levels[window.start : window.stop + 1]
-    if noised:
-        fresh = noise.of_groups(groups, len(window), policy.family.latent_shape).to(final.device)
-        latents, log_probs = torch.cat([fresh, final[:, None]], 1), final.new_full(fresh.shape[:2], torch.nan)
-        trained = policy.dynamics.levels(noise.uniform(len(window)).to(levels.device))
-    return Trajectory(groups, latents, log_probs, trained, final, images)
+    trained = levels[recorded.start : recorded.stop + 1]
+    trajectory = Trajectory(groups, latents, log_probs, trained, final, images)
+    return trajectory if recorded == window else noised(policy, trajectory, window, noise)
+
+
+def noised(policy: Policy, trajectory: Trajectory, window: range, noise: Noise) -> Trajectory:
+    """Plain pictures with what dynamics that record nothing train on: noise of as many levels as the window has places."""
+    final = trajectory.final
+    fresh = noise.of_groups(trajectory.groups, len(window), policy.family.latent_shape).to(final.device)
+    latents, log_probs = torch.cat([fresh, final[:, None]], 1), final.new_full(fresh.shape[:2], torch.nan)
+    levels = policy.dynamics.levels(noise.uniform(len(window)).to(final.device))
+    return replace(trajectory, latents=latents, log_probs=log_probs, levels=levels)
+
+
+@torch.no_grad()
+def log_densities(policy: Policy, trajectory: Trajectory, batch_size: int) -> Tensor:
+    """Log-densities (B, W) of recorded transitions under the policy as it stands, by the calls that `rollout` makes for them."""
+    found, levels = [], trajectory.levels
+    for chunk in even_chunks(len(trajectory.groups), batch_size):
+        latents, groups = trajectory.latents[chunk], trajectory.groups[chunk]
+        text, steps = _text(policy, groups), []
+        for step in range(len(levels) - 1):
+            t, t_next = levels[step].expand(len(groups)), levels[step + 1].expand(len(groups))
+            x, x_next = latents[:, step].contiguous(), latents[:, step + 1]
+            v = _velocity(policy, x, t, text, None, recorded=True)
+            mean, std = policy.dynamics.mean_std(x, v, t, t_next)
+            steps.append(policy.dynamics.log_prob(x_next, mean, std, policy.reduction))
+        found.append(torch.stack(steps, 1))
+    return torch.cat(found)
 
 
 def _sample(
@@ -94,15 +118,12 @@ def _sample(
     """One batch: recorded states (B, W + 1, C, h, w), log-densities (B, W), clean latents, uint8 pictures."""
     device, size = policy.family.device, len(groups)
     draws = noise.draw(groups, 1 + len(window), policy.family.latent_shape).to(device)
-    used = sorted(set(groups.index))  # groups keep all prompts of the rollout, a batch needs a few
-    text = policy.text([groups.prompts[i] for i in used])[[used.index(i) for i in groups.index]]
+    text = _text(policy, groups)
     x = policy.family.start(draws[:, 0], levels[0])
     states, log_probs = [x] if 0 in window else [], []
     for step in range(len(levels) - 1):
         t, t_next = levels[step].expand(size), levels[step + 1].expand(size)
-        # Compiled, a call with gradient is another graph: recorded transitions must come from the update's, to the bit.
-        with torch.set_grad_enabled(policy.family.compiled and step in window):
-            v = policy.velocity(x, t, text, guidance).detach()
+        v = _velocity(policy, x, t, text, guidance, recorded=step in window)
         if step in window:
             mean, std = policy.dynamics.mean_std(x, v, t, t_next)
             x = policy.dynamics.sample(mean, std, draws[:, 1 + step - window.start])
@@ -115,3 +136,15 @@ def _sample(
     if not window:
         return x.new_empty(size, 0), x.new_empty(size, 0), x, policy.family.pictures(x)
     return torch.stack(states, 1), torch.stack(log_probs, 1), x, policy.family.pictures(x)
+
+
+def _text(policy: Policy, groups: PromptGroups) -> TextEmbeds:
+    """A row for each image. Groups keep all prompts of the rollout, a batch needs a few."""
+    used = sorted(set(groups.index))
+    return policy.text([groups.prompts[i] for i in used])[[used.index(i) for i in groups.index]]
+
+
+def _velocity(policy: Policy, x: Tensor, t: Tensor, text: TextEmbeds, guidance: float | None, recorded: bool) -> Tensor:
+    # Compiled, a call with gradient is another graph: recorded transitions must come from the update's, to the bit.
+    with torch.set_grad_enabled(policy.family.compiled and recorded):
+        return policy.velocity(x, t, text, guidance).detach()

@@ -94,6 +94,11 @@ def check(run: Run, sharded: bool) -> None:
             "speed.compile = true: blocks whose weights are spread over processes (ACCELERATE_USE_FSDP) are not compiled, since rollouts would "
             "need gradients that no backward pass takes up; set it to false"
         )
+    if sharded and run.rollout.engine.type != "local":
+        raise ConfigError(
+            f"rollout.engine.type = {run.rollout.engine.type}: an engine elsewhere is handed whole weights, and these are spread over "
+            "processes (ACCELERATE_USE_FSDP). Use local, or configs/accelerate/ddp_8.yaml"
+        )
 
 
 def note(sharded: bool) -> str:

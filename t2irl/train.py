@@ -17,6 +17,7 @@ from t2irl.batches import micro_batches, updates
 from t2irl.check import describe
 from t2irl.config import Run
 from t2irl.data import images_of, load_prompts, overlap, prompt_ids
+from t2irl.engines.base import Request, RolloutEngine, draw
 from t2irl.finish import finish, show
 from t2irl.geometry import Geometry
 from t2irl.launch import Context, launch
@@ -27,7 +28,8 @@ from t2irl.policy import Policy
 from t2irl.preflight import check_files
 from t2irl.regularizers.base import Regularizer
 from t2irl.rewards.combine import RewardSet
-from t2irl.rollout import Noise, rollout
+from t2irl.rollout import Noise
+from t2irl.scoring import Scorer
 from t2irl.types import Clock, PromptGroups, Rollout, TrainingImages
 from t2irl.utils import distributed
 
@@ -49,7 +51,10 @@ class Parts:
     clock: Clock
 
     def __post_init__(self) -> None:
-        self.pipeline = Pipeline(self.geometry.run, self.rewards)
+        run = self.geometry.run
+        self.pipeline = Pipeline(run, self.rewards)
+        self.engine: RolloutEngine = registry.build("engines", run.rollout.engine, run, self.policy)
+        self.scorer = Scorer(self.rewards, run.rollout.overlap_scoring)
         for name, regularizer in self.regularizers.items():
             regularizer.prepare(name, self)
 
@@ -101,9 +106,12 @@ def build(run: Run, ctx: Context) -> Parts:
     for reward_set in (rewards, heldout):
         reward_set.prepare(prompts.texts, heldout_prompts.texts, family, trained=reward_set is rewards)
     optimizer = Optimizer(run, list(policy.trained.values()), geometry.total_updates, ctx.device, policy.company)
-    return Parts(
+    parts = Parts(
         family, policy, algorithm, rewards, heldout, regularizers, optimizer, prompts.texts, heldout_prompts.texts, geometry, Clock()
     )  # fmt: skip
+    ctx.closing.callback(parts.scorer.close)
+    ctx.closing.callback(parts.engine.close)
+    return parts
 
 
 def train(run: Run, *, resume: str = "auto") -> Path:
@@ -129,13 +137,12 @@ def train(run: Run, *, resume: str = "auto") -> Path:
             iteration = clock.iteration
             groups = own_groups(run, parts)
             parts.pipeline.meet(ctx, parts)
-            window = geometry.trained_timesteps(iteration, run.seed)
-            noise = Noise(run.seed, iteration, run.rollout.same_noise)
+            request = request_of(run, parts, groups, levels)
             with ctx.timed("rollout", len(groups)) as advance:
-                trajectory = rollout(policy, groups, levels, window, noise, run.rollout.batch_size, advance=advance)
-            # 2. Score: {name: (B,)}; NaN means "does not apply".
+                trajectory, drawn = draw(parts.engine, policy, request, parts.scorer.watch(groups, advance))
+            # 2. Score: {name: (B,)}; NaN means "does not apply". With overlap most of it is done by now.
             with ctx.timed("score", 1), distributed.together(ctx.device):
-                scores = parts.rewards.score(trajectory.images, groups)
+                scores, hidden = parts.scorer.scores(trajectory)
             if ctx.stop_requested():  # nothing has changed since the iteration began
                 raise ctx.interrupted(ctx.save(parts))
             # 3. Trainable rewards take their turn; a fixed reward makes this a no-op.
@@ -159,6 +166,7 @@ def train(run: Run, *, resume: str = "auto") -> Path:
             clock.images += geometry.images
             # 6. Show and keep.
             metrics = iteration_metrics(ctx, parts, table, ids, credit.advantages, log) | credit.metrics | learned
+            metrics |= drawn | hidden
             show(ctx, parts, metrics)
             if clock.iteration % run.checkpoints.every == 0 or clock.iteration == run.iterations or ctx.stopped:
                 ctx.save(parts)
@@ -173,6 +181,14 @@ def own_groups(run: Run, parts: Parts) -> PromptGroups:
     ids = prompt_ids(parts.clock.iteration, len(parts.prompts), run.rollout.prompts, run.seed)
     lines, members = images_of(ids, run.rollout.group_size, distributed.world_size(), distributed.rank())
     return PromptGroups.of(parts.prompts, lines, members)
+
+
+def request_of(run: Run, parts: Parts, groups: PromptGroups, levels: torch.Tensor) -> Request:
+    """What an engine is asked to draw in the present iteration."""
+    iteration = parts.clock.iteration
+    window = parts.geometry.trained_timesteps(iteration, run.seed)
+    noise = Noise(run.seed, iteration, run.rollout.same_noise)
+    return Request(parts.clock.update, groups, levels, window, noise, run.rollout.batch_size)
 
 
 def shaped(advantages: torch.Tensor, scored: Rollout, parts: Parts) -> torch.Tensor:

@@ -20,7 +20,14 @@ TOGETHER = (
     ("loss", ("policy/loss", "loss/policy")),
     (
         "seconds per iteration",
-        ("time/iteration_s", "time/rollout_s", "time/score_s", "time/adversary_s", "time/update_s"),
+        (
+            "time/iteration_s",
+            "time/rollout_s",
+            "time/score_s",
+            "time/score_hidden_s",
+            "time/adversary_s",
+            "time/update_s",
+        ),
     ),
     ("seconds per measurement", ("time/evaluate_s", "time/grid_s")),
 )

@@ -36,7 +36,9 @@ def sample_fixed(
         return Trajectory(groups, empty, empty, empty, empty, torch.empty(0, 3, 1, 1, dtype=torch.uint8))
     levels = policy.family.levels(run.evaluation.steps or run.rollout.steps)
     guidance = policy.guidance_scale if run.evaluation.guidance_scale is None else run.evaluation.guidance_scale
-    return rollout(policy, groups, levels, range(0), noise, run.rollout.batch_size, guidance, advance)
+    return rollout(
+        policy, groups, levels, range(0), noise, run.rollout.batch_size, guidance, lambda rows, images: advance(len(images))
+    )  # fmt: skip
 
 
 def evaluate(

@@ -60,7 +60,12 @@ def read_record(cell: Cell, grid: Grid) -> Record | None:
                 curves.setdefault(name, []).append((row["iteration"], value))
     if not {"gold", "proxy"} <= curves.keys():
         return None
-    seconds = sum(v for row in rows for k, v in row.items() if k.startswith("time/") and k != "time/iteration_s" and v)
+    seconds = sum(
+        v
+        for row in rows
+        for k, v in row.items()
+        if k.startswith("time/") and k not in ("time/iteration_s", "time/score_hidden_s") and v
+    )
     return Record(cell, finished(cell), curves, seconds)
 
 

@@ -43,6 +43,11 @@ class ArtifactJudge(Reward):
         self.judge = make_judge(config, device)
         self.asked = self.silent = 0
 
+    @property
+    def elsewhere(self) -> bool:
+        """Behind a server."""
+        return self.config.server is not None
+
     def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
         """Probability that each picture is clean, (B,) float32: mean over the instructions."""
         return self.each(images).mean(0).float().to(images.device)

@@ -69,6 +69,11 @@ class Reward:
         """Those of a run's prompts that it is given: `trained` on, or only measured on held-out ones."""
         return [*(prompts if trained else ()), *(heldout if cls.needs_heldout else ())]
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether another program computes the scores, so that pictures can be drawn meanwhile at no cost."""
+        return False
+
     def prepare(self, prompts: Sequence[str], family: ModelFamily) -> None:
         """Called once, on all processes alike, before the first score: load and check what belongs to the run's `prompts`.
 
@@ -77,7 +82,11 @@ class Reward:
         """
 
     def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
-        """Score `images`, (B, 3, H, W) float32 in [0, 1] on `device`, for `groups.texts`: (B,) float32."""
+        """Score `images`, (B, 3, H, W) float32 in [0, 1] on `device`, for `groups.texts`: (B,) float32.
+
+        With `rollout.overlap_scoring` a thread of its own calls it, never twice at once, while the next pictures are drawn. So
+        it takes part in nothing that crosses processes, and leaves the policy's networks alone.
+        """
         raise NotImplementedError
 
     def measure(self, images: Tensor, groups: PromptGroups) -> float:

@@ -39,6 +39,11 @@ class RewardSet:
         """Whether any reward is trainable."""
         return any(reward.learns for reward in self.rewards.values())
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether any reward is computed by another program."""
+        return any(reward.elsewhere for reward in self.rewards.values())
+
     def prepare(self, prompts: Sequence[str], heldout: Sequence[str], family: ModelFamily, trained: bool) -> None:
         """Give every reward the run's prompts. Raises ConfigError for one that cannot serve as it should: `trained` on, or
         only measured on held-out prompts.
@@ -61,17 +66,26 @@ class RewardSet:
 
         Raises RunError, with the prompt, for an infinite score, and for NaN from a reward that may not skip images.
         """
-        scores: dict[str, list[Tensor]] = {name: [] for name in self._per_image()}
-        for chunk in even_chunks(len(groups), self.batch_size):
-            pictures, part = images[chunk].to(self.device).float().div(255), groups[chunk]
-            for name, reward in self._per_image().items():
-                self.work["reward_calls"] += 1
-                self.work["scored_images"] += len(part)
-                with torch.no_grad():
-                    values = reward.score(pictures, part).float().cpu()
-                self._check(name, reward, values, part)
-                scores[name].append(values)
-        self._latest = {name: torch.cat([torch.empty(0), *parts]) for name, parts in scores.items()}
+        return self.joined([self.score_batch(images[rows], groups[rows]) for rows in self.batches(len(groups))])
+
+    def batches(self, images: int) -> list[slice]:
+        """The batches in which so many images are scored, in order."""
+        return even_chunks(images, self.batch_size)
+
+    def score_batch(self, images: Tensor, groups: PromptGroups) -> dict[str, Tensor]:
+        """As `score`, of one batch, by all rewards in turn."""
+        pictures, scores = images.to(self.device).float().div(255), {}
+        for name, reward in self._per_image().items():
+            self.work["reward_calls"] += 1
+            self.work["scored_images"] += len(groups)
+            with torch.no_grad():
+                scores[name] = reward.score(pictures, groups).float().cpu()
+            self._check(name, reward, scores[name], groups)
+        return scores
+
+    def joined(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The scores of a whole rollout from those of its batches; `update` will know them."""
+        self._latest = {n: torch.cat([torch.empty(0), *(batch[n] for batch in batches)]) for n in self._per_image()}
         return dict(self._latest)
 
     def only(self, names: Collection[str]) -> RewardSet:

@@ -73,6 +73,11 @@ class Remote(Reward):
         except ValueError as error:
             raise ConfigError(f"reward remote: url = {config.url}: {error}") from error
 
+    @property
+    def elsewhere(self) -> bool:
+        """Always."""
+        return True
+
     def prepare(self, prompts: Sequence[str], family: ModelFamily) -> None:
         """Ask the server what it serves: the same for all processes, or none of them begins."""
         with distributed.together(self.device):

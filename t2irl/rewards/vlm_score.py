@@ -65,6 +65,11 @@ class VlmScore(Reward):
                 raise DataError(f"reward vlm_score: question = {config.question}: cannot be read: {error}") from error
         self.judge = make_judge(config, device)
 
+    @property
+    def elsewhere(self) -> bool:
+        """Behind a server."""
+        return self.config.server is not None
+
     def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
         """What the model says, (B,) float32; NaN where it gives no score. Raises RunError when the server is gone."""
         pictures = to_pictures(images)

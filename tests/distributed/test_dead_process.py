@@ -21,14 +21,14 @@ LIMIT = 60
 """Seconds that the other process may take."""
 
 
-def start(config: Path, spread: bool) -> list[subprocess.Popen[str]]:
+def start(config: Path, *options: str, spread: bool = False) -> list[subprocess.Popen[str]]:
     """Two processes of a long run, without a launcher: that would end the second one itself. `spread`: each has half the weights."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
     variables |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if spread else {}
-    words = (sys.executable, "-m", "t2irl", "train", str(config), "--iterations=5000", "--evaluation.every=0")
+    words = (sys.executable, "-m", "t2irl", "train", str(config), "--iterations=5000", "--evaluation.every=0", *options)
     return [spawn(*words, **variables, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
 
 
@@ -41,7 +41,7 @@ def test_the_other_process_ends(
     tmp_path: Path, sd3_folder: Callable[..., Path], number: signal.Signals, code: int, spread: bool
 ) -> None:
     """Killed: with a message and exit code 4. Asked to stop, on one process: both save together and say so."""
-    processes = start(base_config(tmp_path, sd3_folder()), spread)
+    processes = start(base_config(tmp_path, sd3_folder()), spread=spread)
     saved = tmp_path / "run" / "checkpoints"
     try:
         deadline = time.monotonic() + 200

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from t2irl.errors import RunError
 from t2irl.policy import Policy
 from t2irl.regularizers.base import Regularizer
 from t2irl.rewards.base import Reward
@@ -93,6 +95,16 @@ class Interrupting(Brightness):
         if self.calls == self.config.call and not self.config.done.exists():
             self.config.done.write_text("sent")
             os.kill(os.getpid(), getattr(signal, self.config.signal))
+        return super().score(images, groups)
+
+
+class FailsOnOne(Brightness):
+    """Fails on the second process, in the thread that scores while pictures are drawn."""
+
+    def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
+        """Brightness."""
+        if distributed.rank() == 1 and threading.current_thread() is not threading.main_thread():
+            raise RunError("the judge has gone home")
         return super().score(images, groups)
 
 

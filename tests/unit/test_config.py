@@ -302,7 +302,7 @@ def test_every_plugin_survives_a_round_trip(files: Files, kind: str, name: str) 
     entry = required | {"type": name} | NEEDS.get(name, {})
     places: dict[str, Any] = {
         "models": {"model": entry},
-        "dynamics": {"rollout": {"dynamics": entry}},
+        **{f"{key}{s}": {"rollout": {key: entry}} for key, s in (("dynamics", ""), ("engine", "s"))},
         "algorithms": {"algorithm": entry},
         "rewards": {"rewards": {"mine": entry}, "heldout_rewards": {"other": entry}},
         "regularizers": {"regularizers": {"mine": entry}},
