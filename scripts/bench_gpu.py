@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from full_size.arms import attempt, compared
 from full_size.flops import known_peak, measured_peak
-from full_size.profiles import AGAIN, BASE, PROFILES, SLOW_ON_CPU, VARIANTS
+from full_size.profiles import AGAIN, BASE, GPU_ONLY, PROFILES, VARIANTS
 from full_size.tables import show
 from rich.console import Console
 
@@ -89,7 +89,7 @@ def mfu(arm: Mapping[str, Any], peak: float) -> dict[str, float]:
 
 def chosen(args: argparse.Namespace, device: torch.device) -> dict[str, Sequence[str]]:
     """Variants by name, the base first. Names that were asked for are all taken."""
-    names = args.variant or [n for n in VARIANTS if device.type == "cuda" or n not in SLOW_ON_CPU]
+    names = args.variant or [n for n in VARIANTS if device.type == "cuda" or n not in GPU_ONLY]
     own = {name: shlex.split(words) for name, _, words in (text.partition("=") for text in args.own)}
     return {BASE: (), **{n: VARIANTS[n] for n in names if n != AGAIN}, **own, **({AGAIN: ()} if AGAIN in names else {})}
 

@@ -129,5 +129,5 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     AGAIN: (),
 }
 """Name -> overrides. The last one is the first once more: how far equal arms differ."""
-SLOW_ON_CPU = ("compile", "fp16")
-"""Left out on the CPU unless asked for: the first takes minutes, the second is emulated."""
+GPU_ONLY = ("compile", "fp16", "tf32", "fp32 tf32")
+"""Left out on the CPU unless asked for: compiling takes minutes there, fp16 is emulated, TF32 does not exist."""
