@@ -22,11 +22,6 @@ from t2irl.geometry import Geometry, either
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor name -> shape, of a network's weights."""
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-ACTIVATION_BYTES = {("lora", 4): 56, ("lora", 2): 41, ("full", 4): 99, ("full", 2): 57}
-"""(tuning, bytes of the precision) -> bytes kept for the backward pass per token, channel and layer, as measured on
-SD3Transformer2DModel. Second attention blocks, as SD3.5 medium has, are not in it. With LoRA in bf16 FLUX.1 has 37, FLUX.2 klein
-43, Qwen-Image 41; families whose layers keep more, or are no transformer's, say so in their `sizes`."""
 HEADER_LIMIT = 100 << 20
 """safetensors allows no longer header."""
 
@@ -145,64 +140,10 @@ def trained_size(run: Run, folder: Folder) -> int | None:
     return adapter_size(shapes, tune, tuple(tune.targets or registry.find("models", run.model.type).lora_targets))
 
 
-def sizes(run: Run, folder: Folder) -> Any:
-    """The family's `Sizes` of one image, None for a folder that is laid out otherwise."""
-    family = registry.find("models", run.model.type)
-    try:
-        return family.sizes(run.model, {name: network.config for name, network in folder.networks.items()})
-    except (KeyError, TypeError):
-        return None
-
-
-def memory(run: Run, g: Geometry, folder: Folder, prompts: int) -> list[tuple[str, int | None]]:
-    """What one process holds: (what it is, bytes or None for unknown). Rewards are not in it."""
-    full = not isinstance(run.policy.tune, Lora)
-    precision, resting = BYTES[run.model.precision], getattr(run.model, "offload", "none")
-    image, trained = sizes(run, folder), trained_size(run, folder)
-    denoiser = folder.networks[folder.denoiser].size
-    texts = [n.size for name, n in folder.networks.items() if name.startswith("text_encoder")]
-    decoder = folder.networks["vae"].size if "vae" in folder.networks else 0
-    copies = 4 + (run.policy.ema is not None)  # weights, gradient, two moments, average
-    rows: list[tuple[str, int | None]] = [
-        ("reference copy of the denoiser" if full else "denoiser", _times(denoiser, 4 if full else precision)),
-        (_idle("text encoders", resting != "none"), None if None in texts else sum(n or 0 for n in texts) * precision),
-        (_idle("image decoder", resting == "all"), _times(decoder, BYTES[run.model.vae_precision])),
-        (
-            f"{'trained weights' if full else 'adapters'}, gradient, optimiser{', average' if copies == 5 else ''}",
-            _times(trained, 4 * copies),
-        ),
-    ]
-    if image is None:
-        return [*rows, ("stored trajectory", None), ("text cache, host memory", None), ("activations", None)]
-    states = 4 * image.latent * (g.window_size + 2) + 4 * g.window_size + image.pixels
-    cached = min(prompts + 1, run.model.text_cache)
-    return [
-        *rows,
-        ("stored trajectory", g.images_per_process * states),
-        (f"text cache, host memory ({cached} prompts)", cached * image.text * precision),
-        (f"activations of {g.largest_micro_batch} images, rough", _activations(run, g, image, full, precision)),
-    ]
-
-
-def _idle(part: str, resting: bool) -> str:
-    return f"{part}, host memory while idle" if resting else part
-
-
-def _times(count: int | None, size: int) -> int | None:
-    return None if count is None else count * size
-
-
-def _activations(run: Run, g: Geometry, image: Any, full: bool, precision: int) -> int:
-    guided = run.rollout.guidance_scale != 1 and getattr(run.rollout.dynamics, "guided", True)
-    rows = g.largest_micro_batch * g.window_size * (2 if guided else 1)
-    factor = ACTIVATION_BYTES["full" if full else "lora", precision]
-    if run.model.gradient_checkpointing:
-        return rows * (factor * image.layer + precision * image.kept)
-    return rows * factor * image.kept
-
-
 def describe(run: Run, world_size: int) -> str:
     """What a run will be on a number of processes, as text. Raises ConfigError and DataError as the run itself would."""
+    from t2irl.estimate import estimate  # which reads folders by what is above
+
     g = Geometry.of(run, world_size)
     train, heldout = load_prompts(run.data.prompts, "data.prompts"), load_prompts(run.data.heldout, "data.heldout")
     prompt_ids(0, len(train), run.rollout.prompts, run.seed)  # refuses a file that is too short
@@ -211,14 +152,14 @@ def describe(run: Run, world_size: int) -> str:
     rows += [("", f"note: {note}") for note in (*train.notes, *heldout.notes)]
     if both := overlap(train, heldout):
         rows.append(("", f"warning: {len(both)} held-out prompts are trained on as well, for example {both[0]!r}"))
-    parts = memory(run, g, folder, len(train) + len(heldout))
+    found = estimate(run, g, folder, len(train) + len(heldout))
+    parts = (*found.device, *found.host, *((f"  {name}", size) for name, size in found.phases))
     width = max(len(name) for name, _ in parts)
-    on_device = [size for name, size in parts if "host" not in name]
-    total = (
-        f"{_human(sum(s for s in on_device if s is not None))}{' and the unknown parts' if None in on_device else ''}"
-    )
-    rows.append(("memory", f"estimate per process: {total}, without rewards; the run reports its peak"))
-    rows += [("", f"  {name:{width}}  {_human(size)}") for name, size in parts]
+    total = f"{human(found.peak)}{'' if found.complete else ' and the unknown parts'}"
+    rows.append(("memory", f"estimate per process: {total} at most, without rewards; the run reports its peak"))
+    shown = [f"{name:{width}}  {human(size)}" for name, size in parts]
+    shown.insert(len(shown) - len(found.phases), "and, one at a time, the largest of")
+    rows += [("", f"  {line}") for line in shown]
     rows.append(("time", "unknown until the first iteration is done"))
     rows.append(("legal", f"also possible, one at a time: {either(g.legal_prompts)} prompts; {_alternatives(g)}"))
     return "\n".join(f"{label:<10} {text}".rstrip() for label, text in rows)
@@ -312,7 +253,8 @@ def _count(number: int | None) -> str:
     return f"{number / 1e9:.2f} G" if number >= 1e9 else f"{number / 1e6:.2f} M" if number >= 1e4 else str(number)
 
 
-def _human(size: int | None) -> str:
+def human(size: int | None) -> str:
+    """Bytes for people."""
     if size is None:
         return "unknown"
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):

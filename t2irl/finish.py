@@ -9,6 +9,7 @@ from t2irl.evaluation.grids import draw_grid
 from t2irl.evaluation.monitors import monitor
 from t2irl.evaluation.report import write_report
 from t2irl.export import as_dict, export
+from t2irl.footprint import compared, sentence
 from t2irl.launch import Context, read_metrics, write_json
 from t2irl.rollout import Noise
 from t2irl.utils import distributed
@@ -63,12 +64,13 @@ def draw(ctx: Context, parts: Parts) -> None:
 
 def finish(ctx: Context, parts: Parts) -> None:
     """Export, prove the export, write summary.json and report.html. Main process only; the others wait."""
+    memory = compared(ctx.footprint, parts.geometry, len(parts.prompts) + len(parts.heldout_prompts))
     if ctx.is_main:
         exported = export(parts.policy, ctx.run, ctx.folder, parts.heldout_prompts[0])
         parts.rewards.export(ctx.folder / "export" / "rewards")
     best = export_best(ctx, parts) if ctx.is_main or ctx.sharded else None
     if ctx.is_main:
-        summary = summarise(ctx, parts) | {"export": as_dict(exported), "warnings": ctx.warnings}
+        summary = summarise(ctx, parts) | {"export": as_dict(exported), "warnings": ctx.warnings, "memory": memory}
         summary |= {"stopped": ctx.stopped, "best": best}
         write_json(ctx.folder / "summary.json", summary)
         report = write_report(ctx.folder)
@@ -106,6 +108,7 @@ def _closing(summary: dict[str, Any], snippet: str, report: str) -> str:
         [
             f"held out, {summary['images_evaluated']} pictures, before -> after:",
             *rows,
+            f"memory: {sentence(summary['memory'])}",
             f"report: {report}",
             "use the result:",
             "",

@@ -23,6 +23,7 @@ from accelerate.utils import parse_flag_from_env
 from t2irl import checkpoint, sharding
 from t2irl.config import Run
 from t2irl.errors import CheckpointError, ConfigError, Interrupted, RunError, UserError
+from t2irl.footprint import Footprint
 from t2irl.types import Clock
 from t2irl.utils import distributed
 from t2irl.utils.memory import keep_heap, peak_gib
@@ -47,6 +48,7 @@ class Context:
         """How to go on after an interruption."""
         # With several processes on the CPU accelerate numbers it, and cpu:1 is a device that nothing can be loaded to.
         self.device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
+        self.footprint = Footprint(self.device)
         self.is_main = accelerator.is_main_process
         self.sharded = sharding.asked() and distributed.world_size() > 1
         """Whether the denoiser's weights are spread over the processes."""

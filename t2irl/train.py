@@ -95,16 +95,19 @@ def build(run: Run, ctx: Context) -> Parts:
     algorithm = registry.build("algorithms", run.algorithm)
     regularizers = {name: registry.build("regularizers", config) for name, config in run.regularizers.items()}
     check_files(run, prompts.texts, heldout_prompts.texts)
+    ctx.footprint.mark("start")
     family = registry.build("models", run.model, ctx.device)
     policy = Policy(run, family, dynamics, algorithm.reduction, ctx.sharded)
     speed.apply(run.speed, family)
     ctx.closing.callback(speed.use_tf32(run.speed.tf32))
+    ctx.footprint.mark("model")
     rewards, heldout = (
         RewardSet(configs, ctx.device, run.rollout.batch_size, family.work, run.seed)
         for configs in (run.rewards, run.heldout_rewards)
     )
     for reward_set in (rewards, heldout):
         reward_set.prepare(prompts.texts, heldout_prompts.texts, family, trained=reward_set is rewards)
+    ctx.footprint.mark("rewards")
     optimizer = Optimizer(run, list(policy.trained.values()), geometry.total_updates, ctx.device, policy.company)
     parts = Parts(
         family, policy, algorithm, rewards, heldout, regularizers, optimizer, prompts.texts, heldout_prompts.texts, geometry, Clock()

@@ -25,6 +25,7 @@ from t2irl.evaluation.findings import Alarm, alarms, headline, measures
 from t2irl.evaluation.frames import Frame, load_frames
 from t2irl.evaluation.glossary import glossary, lookup
 from t2irl.evaluation.rules import RULES, Monitors, fired
+from t2irl.footprint import sentence
 from t2irl.utils.progress import duration
 from t2irl.utils.tracking import write_atomic
 
@@ -193,6 +194,7 @@ def _facts(run: Recorded, points: Mapping[str, Points]) -> list[tuple[str, str]]
         ("policy", _kind((config.get("policy") or {}).get("tune"), "rank")),
         ("algorithm", _kind(config.get("algorithm"))),
         ("dynamics", _kind(rollout.get("dynamics"))),
+        ("memory", sentence(summary["memory"]) if "memory" in summary else None),
         ("seed", _count(config.get("seed"))),
         ("device", ", ".join(machine.get("gpus") or []) or machine.get("cpu")),
         ("revision", revision),

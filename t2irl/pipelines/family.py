@@ -49,7 +49,7 @@ class PipelineFamily(ModelFamily):
         self.dtype = DTYPES[config.precision]
         index = read_index(config.path, config.type, self.pipelines)
         precision = {"default": self.dtype, "vae": DTYPES[config.vae_precision]}
-        self.pipe = load(config.path, index, torch_dtype=precision, **self.left_out(index))
+        self.pipe = self.load(index, torch_dtype=precision, **self.left_out(index))
         self.prepare()
         check_encoders(config.path, self.pipe, self.encoders)
         check_scheduler(config.path, self.pipe.scheduler, self.schedulers, self.switched_off)
@@ -84,6 +84,10 @@ class PipelineFamily(ModelFamily):
     def left_out(self, index: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of `from_pretrained` for parts that are not loaded."""
         return {name: None for name in self.unused if name in index}
+
+    def load(self, index: Mapping[str, Any], **arguments: Any) -> Any:
+        """The pipeline with its weights."""
+        return load(self.config.path, index, **arguments)
 
     def prepare(self) -> None:
         """Change the pipeline before it is checked and used."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -30,3 +31,13 @@ def peak_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def held_gib(device: torch.device) -> float:
+    """Memory held now in GiB: allocated on a GPU, resident of this process otherwise (where that is not told, its peak)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**30
+    file = Path("/proc/self/statm")
+    if not file.exists():
+        return peak_gib(device)
+    return int(file.read_text().split()[1]) * resource.getpagesize() / 2**30

@@ -1,0 +1,136 @@
+"""What memory a run will need, part by part, from a model folder's JSON files and headers of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from t2irl import registry
+from t2irl.check import Folder, trained_size
+from t2irl.config import Lora, Run
+from t2irl.geometry import Geometry
+
+Rows = tuple[tuple[str, "int | None"], ...]
+"""What it is, and bytes, None for unknown."""
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+ACTIVATION_BYTES = {("lora", 4): 56, ("lora", 2): 41, ("full", 4): 99, ("full", 2): 66}
+"""(tuning, bytes of the precision) -> bytes kept for the backward pass per token, channel and layer, as measured on
+SD3Transformer2DModel. With LoRA in bf16 FLUX.1 has 38, FLUX.2 klein 43, Qwen-Image 41; families whose layers keep more, or are no
+transformer's, say so in their `sizes`."""
+DRAWING_BYTES = {4: 60, 2: 40}
+"""Bytes of the precision -> bytes alive at once without gradient, per token and channel of the widest layer: FLUX.1's, SD3's are fewer."""
+DECODER_TENSORS = 3
+"""Tensors of full size and the channels of the last but one resolution that an image decoder holds at once."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one process. Rewards are not in it."""
+
+    device: Rows
+    """What the device holds all the time."""
+    host: Rows
+    """What rests in host memory."""
+    phases: Rows
+    """What comes on top, one at a time."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the device at most, of what is known."""
+        return sum(size or 0 for _, size in self.device) + max((size or 0 for _, size in self.phases), default=0)
+
+    @property
+    def in_one_memory(self) -> int:
+        """The same where device and host are one, as on a CPU."""
+        return self.peak + sum(size or 0 for _, size in self.host)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every part on the device is known."""
+        return all(size is not None for _, size in (*self.device, *self.phases))
+
+
+def sizes(run: Run, folder: Folder) -> Any:
+    """The family's `Sizes` of one image, None for a folder that is laid out otherwise."""
+    family = registry.find("models", run.model.type)
+    try:
+        return family.sizes(run.model, {name: network.config for name, network in folder.networks.items()})
+    except (KeyError, TypeError):
+        return None
+
+
+def estimate(run: Run, g: Geometry, folder: Folder, prompts: int) -> Estimate:
+    """Of a run on as many processes as `g` says; `prompts`: how many different ones it will meet."""
+    full = not isinstance(run.policy.tune, Lora)
+    precision, resting = BYTES[run.model.precision], getattr(run.model, "offload", "none")
+    image, trained = sizes(run, folder), trained_size(run, folder)
+    denoiser = folder.networks[folder.denoiser].size
+    texts = [n.size for name, n in folder.networks.items() if name.startswith("text_encoder")]
+    decoder = folder.networks["vae"].size if "vae" in folder.networks else 0
+    copies = 4 + (run.policy.ema is not None)  # weights, gradient, two moments, average
+    text = ("text encoders", None if None in texts else sum(n or 0 for n in texts) * precision)
+    vae = ("image decoder", _times(decoder, BYTES[run.model.vae_precision]))
+    learning = f"{'trained weights' if full else 'adapters'}, gradient, optimiser{', average' if copies == 5 else ''}"
+    idle = [part for part, rests in ((text, resting != "none"), (vae, resting == "all")) if rests]
+    device = [
+        ("reference copy of the denoiser" if full else "denoiser", _times(denoiser, 4 if full else precision)),
+        *(part for part in (text, vae) if part not in idle),
+        (learning, _times(trained, 4 * copies)),
+    ]
+    host = [(f"{name}, host memory while idle", size) for name, size in idle]
+    at_work = [(f"{name} at work", size) for name, size in idle]
+    if image is None:
+        unknown = (("activations", None),)
+        return Estimate((*device, ("stored trajectory", None)), (*host, ("text cache, host memory", None)), unknown)
+    states = 4 * image.latent * (g.window_size + 2) + 4 * g.window_size + image.pixels
+    cached = min(prompts + 1, run.model.text_cache)
+    device.append(("stored trajectory", g.images_per_process * states))
+    host.append((f"text cache, host memory ({cached} prompts)", cached * image.text * precision))
+    return Estimate(tuple(device), tuple(host), (*_phases(run, g, folder, image, full, precision), *at_work))
+
+
+def _phases(run: Run, g: Geometry, folder: Folder, image: Any, full: bool, precision: int) -> Rows:
+    guided = run.rollout.guidance_scale != 1 and getattr(run.rollout.dynamics, "guided", True)
+    kept = _kept(run, image, full, precision)
+    rows = g.largest_micro_batch * g.window_size * (2 if guided else 1)
+    # Under autocast every trained weight has a copy of the lower precision while it is used.
+    casts = _times(trained_size(run, folder), precision) or 0 if full and precision < 4 else 0
+    drawn = g.largest_rollout_batch * (2 if guided and run.speed.guidance_in_one_call else 1)
+    # Compiled, recorded transitions are computed with gradient.
+    each = max(kept if run.speed.compile else 0, DRAWING_BYTES[precision] * image.layer)
+    return (
+        (f"update, activations of {g.largest_micro_batch} images, rough", rows * kept + casts),
+        (f"drawing {g.largest_rollout_batch} images, rough", drawn * each + casts),
+        (f"decoding {g.largest_rollout_batch} images, rough", _decoding(run, g, folder, image)),
+    )
+
+
+def _kept(run: Run, image: Any, full: bool, precision: int) -> int:
+    """Bytes kept for the backward pass of one row."""
+    factor = ACTIVATION_BYTES["full" if full else "lora", precision]
+    if run.model.gradient_checkpointing:
+        return factor * image.layer + precision * image.kept
+    return factor * image.kept
+
+
+def _decoding(run: Run, g: Geometry, folder: Folder, image: Any) -> int | None:
+    """The image decoder at its last resolution, which as many pixels reach at once as a call takes, and the pictures."""
+    from t2irl.pipelines.family import PIXELS_AT_ONCE
+
+    vae: Mapping[str, Any] = folder.networks["vae"].config if "vae" in folder.networks else {}
+    if "base_dim" in vae:
+        widths = [vae["base_dim"] * m for m in vae["dim_mult"]]
+    else:
+        widths = vae.get("decoder_block_out_channels") or vae.get("block_out_channels") or []
+    if not widths:
+        return None
+    pixels, images = image.pixels // 3, g.largest_rollout_batch
+    at_once = pixels * min(max(PIXELS_AT_ONCE // pixels, 1), images)
+    tensors = at_once * DECODER_TENSORS * widths[min(1, len(widths) - 1)] * BYTES[run.model.vae_precision]
+    return tensors + 2 * 4 * images * image.pixels
+
+
+def _times(count: int | None, size: int) -> int | None:
+    return None if count is None else count * size
