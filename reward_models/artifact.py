@@ -6,6 +6,7 @@ It looks with a frozen vision backbone, with a small convolutional network of it
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,43 +26,53 @@ WEIGHTS, SETTINGS, CARD = "artifact.safetensors", "artifact.json", "README.md"
 
 
 class DetailNet(nn.Module):
-    """Five convolutions that see 22 x 22 pixels, then mean and maximum over all places, then two linear layers.
+    """Convolutions at a quarter of the resolution that see 30 x 30 pixels and, from a second pass at an eighth, their surroundings.
 
-    No batch statistics, so a picture's logit does not depend on its neighbours.
+    They judge each place by itself. No normalisation: nothing depends on a picture's neighbours, and a place's logit does not
+    depend on how much else is wrong.
     """
 
     def __init__(self, width: int):
         super().__init__()
-        shapes = (
-            (3, width, 4, 2),
-            (width, width, 3, 1),
-            (width, 2 * width, 4, 2),
-            *((2 * width, 2 * width, 3, 1),) * 2,
-        )
-        layers = [
-            layer
-            for inputs, outputs, kernel, stride in shapes
-            for layer in (nn.Conv2d(inputs, outputs, kernel, stride, 1), nn.GroupNorm(8, outputs), nn.ReLU())
-        ]
-        self.layers, self.head = nn.Sequential(*layers), PatchHead(4 * width, 64)
+        self.near = _convolutions((3, width, 4, 2), (width, width, 3, 1), (width, 2 * width, 4, 2), *((2 * width, 2 * width, 3, 1),) * 2)  # fmt: skip
+        self.far = _convolutions((2 * width, 2 * width, 4, 2), (2 * width, 2 * width, 3, 1))
+        self.place = nn.Conv2d(2 * width, 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B,) float32 of pictures (B, 3, H, W) in [0, 1]."""
-        found = self.layers(images * 2 - 1).float()
-        return self.head(torch.cat([found.mean((2, 3)), found.amax((2, 3))], 1))
+        """Logits (B, h, w) float32 of places of pictures (B, 3, H, W) in [0, 1]."""
+        near = self.near(images * 2 - 1)
+        around = F.interpolate(self.far(near), near.shape[-2:])
+        return self.place(near + around)[:, 0].float()
+
+
+def _convolutions(*shapes: tuple[int, int, int, int]) -> nn.Sequential:
+    """Convolutions with ReLU; of each its inputs, outputs, kernel and stride."""
+    layers = []
+    for inputs, outputs, kernel, stride in shapes:
+        layer = nn.Conv2d(inputs, outputs, kernel, stride, 1)
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers)
 
 
 class FeatureNet(nn.Module):
-    """Heads on a backbone's features: the picture as a whole, and its patches, of which the suspicious ones weigh most."""
+    """Heads on a backbone's features: the picture as a whole, and its patches."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.whole, self.patches = PatchHead(width, hidden), PatchHead(width, hidden)
 
-    def forward(self, whole: Tensor, patches: Tensor) -> Tensor:
-        """Logits (B,) float32 of features (B, D) and (B, N, D)."""
-        each = self.patches(patches)
-        return self.whole(whole) + each.mean(1) + (each * each.softmax(1)).sum(1)
+    def forward(self, whole: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits float32 of the picture (B,) and its places (B, h, w), of features (B, D) and (B, h * w, D)."""
+        side = math.isqrt(patches.shape[1])
+        return self.whole(whole), self.patches(patches).unflatten(1, (side, side))
+
+
+def pooled(places: Tensor) -> Tensor:
+    """(B,) of logits of places (B, h, w): their mean, and their mean with the suspicious ones weighing most."""
+    each = places.flatten(1)
+    return each.mean(1) + (each * each.softmax(1)).sum(1)
 
 
 @dataclass(frozen=True)
@@ -107,27 +118,49 @@ class ArtifactClassifier(nn.Module):
         """What is trained, by name: everything but the backbone."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("backbone.")}
 
-    def logits(self, images: Tensor) -> Tensor:
-        """(B,) float32 of pictures (B, 3, H, W) in [0, 1], before calibration; above 0 means that there is an artifact."""
+    def judge(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Of pictures (B, 3, H, W) in [0, 1]: logits (B,) float32 before calibration, and each network's logits of places (B, h, w).
+
+        Above 0 means that there is an artifact.
+        """
         images = fit_square(images.to(self.device).float(), self.design.size)
-        found = torch.zeros(len(images), device=self.device)
+        found, maps = torch.zeros(len(images), device=self.device), []
         if self.detail is not None:
-            found = found + self.detail(images)
+            maps.append(self.detail(images))
         if self.backbone is not None and self.heads is not None:
             with torch.no_grad():
                 features = self.backbone(images)
-            found = found + self.heads(F.normalize(features.cls, dim=-1), F.normalize(features.patches, dim=-1))
-        return found
+            whole, places = self.heads(F.normalize(features.cls, dim=-1), F.normalize(features.patches, dim=-1))
+            found = found + whole
+            maps.append(places)
+        return found + torch.stack([pooled(places) for places in maps]).sum(0), maps
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B,) float32 of pictures (B, 3, H, W) in [0, 1], before calibration; above 0 means that there is an artifact."""
+        return self.judge(images)[0]
 
     def clean(self, images: Tensor) -> Tensor:
         """Calibrated probability that a picture shows no artifact, (B,) float32 in [0, 1]."""
         return torch.sigmoid(-self.logits(images) / self.design.temperature)
+
+    @torch.no_grad()
+    def move(self, amount: float) -> None:
+        """Add a number to every picture's logit."""
+        if self.heads is not None:
+            self.heads.whole.last.bias += amount
+        elif self.detail is not None and self.detail.place.bias is not None:
+            self.detail.place.bias += amount / 2  # it is in both means of `pooled`
 
     # ---------------------------------------------------------------------------------------------------------- files
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> ArtifactClassifier:
         """Read a folder that `save` wrote. Raises OSError or ValueError saying what is missing or wrong."""
         design, weights = read_folder(folder, "an artifact classifier", WEIGHTS, SETTINGS, Design, device)
+        if "detail.head.last.weight" in weights:
+            raise ValueError(
+                "an earlier version wrote it, whose convolutional network was another one; train it again: "
+                "python -m reward_models.recipes.train_artifact"
+            )
         backbone = None
         if design.backbone is not None:
             backbone = VisionBackbone.load(folder / design.backbone, device, design.layers, size=design.size)

@@ -30,6 +30,8 @@ class Labelled:
     """Where it comes from, such as the name of a corruption; for the card only."""
     box: tuple[int, int, int, int] | None = None
     """Left, top, right, bottom of the picture within its file; None for the whole file."""
+    original: Path | None = None
+    """File of the clean picture that a broken one was made from; None: there is none."""
 
     def picture(self) -> Image.Image:
         """The picture itself."""
@@ -40,8 +42,9 @@ class Labelled:
 def load_labelled(file: Path) -> list[Labelled]:
     """Read JSON Lines such as {"path": "a.png", "label": 1, "prompt": "a cat", "kind": "warp"}.
 
-    Paths are relative to the file. `kind` may be missing, `box` says which part of the file the picture is. Raises OSError
-    or ValueError that names the line.
+    Paths are relative to the file. `kind` may be missing, `box` says which part of the file the picture is, and
+    `original` the file of the clean picture, itself a line, that a broken one was made from. Raises OSError or ValueError that
+    names the line.
     """
     found = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -52,6 +55,7 @@ def load_labelled(file: Path) -> list[Labelled]:
             entry = json.loads(line)
             path, label, prompt = file.parent / entry["path"], entry["label"], str(entry["prompt"])
             box = tuple(entry["box"]) if "box" in entry else None
+            original = file.parent / entry["original"] if "original" in entry else None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f'{where}: {error!r}; expected {{"path": FILE, "label": 0 or 1, "prompt": TEXT}}'
@@ -62,11 +66,23 @@ def load_labelled(file: Path) -> list[Labelled]:
             raise FileNotFoundError(f"{where}: no such file: {path}")
         if box is not None and len(box) != 4:
             raise ValueError(f"{where}: box = {list(box)}; expected left, top, right, bottom")
-        found.append(Labelled(path, int(label), prompt, str(entry.get("kind", "")), box))
+        found.append(Labelled(path, int(label), prompt, str(entry.get("kind", "")), box, original))
+    clean = {x.path: x.prompt for x in found if x.label == 0}
+    for x in found:
+        if x.original is not None and (x.label == 0 or clean.get(x.original) != x.prompt):
+            raise ValueError(
+                f"{file}: {x.path.name}: original = {x.original.name}: expected a picture of label 0 and the same prompt, for one of label 1"
+            )
     for label in (0, 1):
         if not any(x.label == label for x in found):
             raise ValueError(f"{file}: no picture has label {label}; both are needed")
     return found
+
+
+def originals(items: Sequence[Labelled]) -> Tensor:
+    """For each item the place among them of its original; -1: none."""
+    place = {x.path: k for k, x in enumerate(items) if x.label == 0}
+    return torch.tensor([-1 if x.original is None else place[x.original] for x in items])
 
 
 def part_of(prompt: str, seed: int) -> Part:

@@ -2,13 +2,14 @@
 
     python -m reward_models.recipes.train_artifact --images labelled.jsonl --backbone DINOV2 --out classifier
 
-Labels 0: clean pictures, of the base model above all. Labels 1: broken ones, corrupted and over-optimised. Half of the prompts
-are learned from, a quarter calibrates, a quarter is reported on.
+Labels 0: clean pictures, of the base model above all. Labels 1: broken ones, corrupted and over-optimised. Where a line names the `original` of a
+broken picture, the two are compared, and the places where they differ are learned as well. Half of the prompts are learned from, a quarter calibrates, a quarter is reported on.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,12 +19,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize
 from torch import Tensor
 
 from reward_models.artifact import ArtifactClassifier, Design, scores
+from reward_models.pixels import fit_square
 from reward_models.recipes.command import command
-from reward_models.recipes.labelled import load_labelled, pixels, split
+from reward_models.recipes.labelled import load_labelled, originals, pixels, split
 from reward_models.vision import VisionBackbone
 
 
@@ -45,28 +47,43 @@ class Settings:
     """Half of the batches are mirrored: an artifact is one from either side."""
     bf16: bool = False
     """Convolutions in bfloat16."""
+    changed: float = 0.06
+    """A place whose colours differ by more than this (of 1) from those of the original shows an artifact; by less than a quarter
+    of it, none; in between it is not learned from. Nor is a broken picture that differs so much in no place."""
 
 
 def fit(
     model: ArtifactClassifier, pictures: Tensor, labels: Tensor, settings: Settings, seed: int,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda text: None, originals: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Train on pictures (n, 3, H, W) uint8 with labels (n,) in {0, 1}; both labels weigh the same in every batch."""
+    """Train on pictures (n, 3, H, W) uint8 with labels (n,) in {0, 1}; both labels weigh the same in every batch.
+
+    `originals`: for each broken picture the row of the clean one that it was made from, or -1. The two then stand in one batch:
+    the clean one has to score higher, and where they differ is where the artifact is.
+    """
     generator = torch.Generator().manual_seed(seed)
     sides = [(labels == y).nonzero()[:, 0] for y in (0, 1)]
     parameters = list(model.trained().values())
     for parameter in parameters:
         parameter.requires_grad_(True)
+    chance = torch.ones(len(sides[1]))  # broken pictures that are not told yet come more often
     adamw = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-    truth = torch.tensor([0.0, 1.0], device=model.device).repeat_interleave(settings.batch // 2)
     for step in range(settings.steps):
         for group in adamw.param_groups:
             group["lr"] = settings.lr * min(1, (step + 1) / 30) * (1 - step / settings.steps)
-        chosen = [side[torch.randint(len(side), (settings.batch // 2,), generator=generator)] for side in sides]
-        images = _moved(pictures[torch.cat(chosen)].to(model.device).float().div(255), settings, generator)
+        clean = sides[0][torch.randint(len(sides[0]), (settings.batch // 2,), generator=generator)]
+        drawn = torch.multinomial(chance, settings.batch // 2, replacement=True, generator=generator)
+        broken = sides[1][drawn]
+        paired = torch.zeros(len(broken), dtype=torch.bool)
+        if originals is not None:
+            paired = originals[broken] >= 0
+            clean = torch.where(paired, originals[broken], clean)
+        images = _moved(pictures[torch.cat([clean, broken])].to(model.device).float().div(255), settings, generator)
+        images = fit_square(images, model.design.size)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.bf16):
-            logits = model.logits(images)
-        loss = F.binary_cross_entropy_with_logits(logits.float(), truth)
+            logits, maps = model.judge(images)
+        chance[drawn] = 0.1 + F.softplus(-logits.detach()[len(clean) :].float()).clamp(max=2).cpu()
+        loss = _loss(logits.float(), maps, images, paired.to(model.device), settings.changed)
         loss.backward()
         adamw.step()
         adamw.zero_grad(set_to_none=True)
@@ -74,6 +91,24 @@ def fit(
             say(f"step {step + 1} of {settings.steps}: loss {float(loss.detach()):.3f}")
     for parameter in parameters:
         parameter.requires_grad_(False)
+
+
+def _loss(logits: Tensor, maps: list[Tensor], images: Tensor, paired: Tensor, changed: float) -> Tensor:
+    """Of a batch whose first half is clean; `paired`: which rows of the other half have their original in the first."""
+    (clean, broken), half = logits.chunk(2), len(logits) // 2
+    change = (images[half:] - images[:half]).abs().amax(1, keepdim=True)
+    plain = ~paired | (F.avg_pool2d(change, 4).amax((1, 2, 3)) > changed)
+    loss = F.softplus(clean).mean() + (F.softplus(-broken) * plain).mean()
+    if not paired.any():
+        return loss
+    loss = loss + (F.softplus(clean - broken) * (paired & plain)).mean()
+    for places in maps:
+        there = F.adaptive_avg_pool2d(change, places.shape[-2:])[:, 0]
+        wrong, right = (x & paired[:, None, None] for x in (there > changed, there < changed / 4))
+        before, after = F.softplus(places[:half]), places[half:]
+        loss = loss + before.mean() + (F.softplus(after) * right).sum() / right.sum().clamp(min=1)
+        loss = loss + (F.softplus(-after) * wrong).sum() / wrong.sum().clamp(min=1)
+    return loss
 
 
 def _moved(images: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
@@ -87,15 +122,20 @@ def _moved(images: Tensor, settings: Settings, generator: torch.Generator) -> Te
 
 
 # ----------------------------------------------------------------------------------------------------------- figures
-def calibrate(logits: Tensor, labels: Tensor) -> float:
-    """The temperature T at which sigmoid(logit / T) explains labels (n,) best (Guo et al. 2017), between 0.05 and 20."""
+def calibrate(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Temperature T and offset b at which sigmoid((logit - b) / T) explains labels (n,) best; T between 0.05 and 20.
+
+    Both labels weigh the same, however many there are of each (Platt 1999, Guo et al. 2017).
+    """
     z, y = logits.double(), labels.double()
+    weight = 1 / torch.where(y == 1, y.sum(), (1 - y).sum())
 
-    def loss(log_t: float) -> float:
-        return float(F.binary_cross_entropy_with_logits(z / torch.tensor(log_t).exp(), y))
+    def loss(values: Any) -> float:
+        said = (z - values[1]) / math.exp(min(max(values[0], -3), 3))
+        return float((F.binary_cross_entropy_with_logits(said, y, reduction="none") * weight).sum())
 
-    found: Any = minimize_scalar(loss, bounds=(-3, 3), method="bounded")
-    return float(torch.tensor(found.x).exp())
+    found: Any = minimize(loss, [0.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-4, "fatol": 1e-8})
+    return math.exp(min(max(found.x[0], -3), 3)), float(found.x[1])
 
 
 def calibration_error(p: Tensor, labels: Tensor, bins: int = 10) -> float:
@@ -156,7 +196,9 @@ def report(model: ArtifactClassifier, pictures: Tensor, labels: Tensor, prompts:
 
 def with_temperature(model: ArtifactClassifier, pictures: Tensor, labels: Tensor) -> None:
     """Calibrate a classifier on pictures that it did not learn from."""
-    model.design = replace(model.design, temperature=calibrate(scores(model, pictures), labels))
+    temperature, offset = calibrate(scores(model, pictures), labels)
+    model.move(-offset)
+    model.design = replace(model.design, temperature=temperature)
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -211,7 +253,7 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = ArtifactClassifier(Design(size, args.detail, where, tuple(args.layers)), backbone, device)
     data = {name: (pixels(members), torch.tensor([x.label for x in members])) for name, members in parts.items()}
-    fit(model, *data["train"], Settings(steps=args.steps, lr=args.lr), args.seed, print)
+    fit(model, *data["train"], Settings(steps=args.steps, lr=args.lr), args.seed, print, originals(parts["train"]))
     with_temperature(model, *data["select"])
     measured = report(model, *data["report"], [x.prompt for x in parts["report"]])
     base, said = [x for x in items if args.base_kind and x.kind == args.base_kind], ""

@@ -1,8 +1,6 @@
-"""The artifact classifier of the shapes world, assets/tiny-artifact: its labelled pictures, its training, its card.
+"""The artifact classifier of the shapes world, assets/tiny-artifact: its training, its card.
 
-Clean: rendered scenes, the same through the policy's image decoder, and what the base model draws well. Broken: all of these
-in each of the ways of `t2irl.shapes.corruptions`, half of them through the decoder afterwards, so that sharpness tells nothing;
-pictures driven up the gradient of a proxy; and what the base model draws badly. The verifier stands in for the raters.
+What it learns from is in `shapes_models.artifact_pictures`.
 """
 
 from __future__ import annotations
@@ -10,213 +8,131 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from PIL import Image
 from torch import Tensor
 
 from reward_models.artifact import ArtifactClassifier, Design, scores
-from reward_models.clip import ClipScorer
-from reward_models.recipes.labelled import Part, part_of
 from reward_models.recipes.train_artifact import Settings, fit, pair_accuracy, report, with_temperature
-from shapes_models.vae import to_float
-from t2irl.shapes.captions import sample_captions
-from t2irl.shapes.corruptions import FAMILIES, KINDS, corrupt
-from t2irl.shapes.render import SIZE, render, sample_scene
+from shapes_models.artifact_pictures import BAD, GOOD, PROMPTS, Pool, draw_pools, draw_sources, rated
+from t2irl.shapes.corruptions import FAMILIES, KINDS
+from t2irl.shapes.corruptions_extra import EXTRA, EXTRA_FAMILIES
+from t2irl.shapes.render import SIZE
 from t2irl.shapes.verify import verify
 
-PROMPTS, DETAIL = 1536, 16
-GOOD, BAD = 0.87, 0.6
-"""Drawings of the base model that the verifier finds cleaner than this are clean, less clean than that are broken."""
-TRAINING = Settings(steps=500, lr=4e-3, bf16=True)
+DETAIL = 16
+"""Width of the network."""
+TRAINING = Settings(steps=700, lr=2e-3, bf16=True)
 EXAMPLES, ACROSS = 192, 16
 """Labelled pictures that are written beside the classifier, and how many stand in a row."""
-TRIED = 48
-"""Pictures of each kind on which a classifier is tried."""
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Pictures of the same prompts, each (n, 3, 64, 64) uint8."""
-
-    prompts: list[str]
-    rendered: Tensor
-    redrawn: Tensor
-    """Rendered, then through the policy's image encoder and decoder."""
-    drawn: Tensor
-    """By the base model."""
-    cleanliness: Tensor
-    """Of `drawn`, by the verifier: (n,)."""
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """[0, 1] -> uint8."""
-    return images.clamp(0, 1).mul(255).round().to(torch.uint8)
-
-
-@torch.no_grad()
-def redraw(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Pictures uint8 through encoder and decoder, uint8."""
-    latents = (vae.encode(to_float(part)).latent_dist.mode() for part in pictures.split(64))
-    return torch.cat(
-        [torch.empty(0, 3, SIZE, SIZE, dtype=torch.uint8), *(to_bytes(vae.decode(z).sample / 2 + 0.5) for z in latents)]
-    )
-
-
-@torch.no_grad()
-def draw_sources(work: Path, sd3: Path, seed: int) -> tuple[Sources, AutoencoderKL]:
-    """Draw them, or read what an earlier call drew; and the decoder."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(sd3, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    file = work / "artifact_sources.pt"
-    if not file.exists():
-        rng, generator = np.random.default_rng(seed + 5), torch.Generator().manual_seed(seed + 1)
-        captions = sample_captions(PROMPTS, rng)
-        texts = [c.text for c in captions]
-        call = dict(num_inference_steps=10, guidance_scale=1.0, max_sequence_length=0, output_type="pt")
-        parts = [texts[k : k + 64] for k in range(0, PROMPTS, 64)]
-        drawn = to_bytes(torch.cat([pipe(part, generator=generator, **call).images for part in parts]))
-        scenes = np.stack([render(sample_scene(c, rng)) for c in captions])
-        rendered = torch.from_numpy(scenes).permute(0, 3, 1, 2).contiguous()
-        found = Sources(texts, rendered, redraw(pipe.vae, rendered), drawn, verify(drawn, texts)["cleanliness"])
-        torch.save(vars(found), file)
-    return Sources(**torch.load(file, weights_only=True)), pipe.vae
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Labelled pictures: uint8, and for each its label, prompt and kind."""
-
-    pictures: Tensor
-    labels: Tensor
-    prompts: list[str]
-    kinds: list[str]
-
-    def without(self, kinds: Sequence[str]) -> Pool:
-        """All but some kinds."""
-        return self.take([k for k, kind in enumerate(self.kinds) if kind not in kinds])
-
-    def take(self, rows: list[int]) -> Pool:
-        """Some of them."""
-        return Pool(
-            self.pictures[rows], self.labels[rows], [self.prompts[k] for k in rows], [self.kinds[k] for k in rows]
-        )
-
-    @staticmethod
-    def of(parts: Sequence[tuple[Tensor, int, list[str], list[str]]]) -> Pool:
-        """Several lots of pictures, label, prompts and kinds."""
-        labels = torch.cat([torch.full((len(pictures),), label) for pictures, label, _, _ in parts])
-        prompts, kinds = [x for part in parts for x in part[2]], [x for part in parts for x in part[3]]
-        return Pool(torch.cat([pictures for pictures, _, _, _ in parts]), labels, prompts, kinds)
-
-
-def climb(images: Tensor, texts: Sequence[str], scorer: ClipScorer) -> Tensor:
-    """Pictures (n, 3, 64, 64) in [0, 1] driven ten steps up the gradient of CLIP's opinion: an over-optimised proxy."""
-    found = []
-    for start in range(0, len(images), 64):
-        part, words = images[start : start + 64], texts[start : start + 64]
-        for _ in range(10):
-            part = part.detach().requires_grad_()
-            gradient = torch.autograd.grad(scorer.score(part, words).sum(), part)[0]
-            part = (part + 0.02 * gradient.sign()).clamp(0, 1)
-        found.append(part.detach())
-    return torch.cat(found)
-
-
-def label(sources: Sources, part: Part, vae: AutoencoderKL, scorer: ClipScorer, seed: int, each: int | None) -> Pool:
-    """The labelled pictures of one part of the prompts. `each`: so many of every kind; None: three for two clean pictures."""
-    rows = [k for k, prompt in enumerate(sources.prompts) if part_of(prompt, seed) == part]
-    good = [k for k in rows if sources.cleanliness[k] >= GOOD]
-    bad = [k for k in rows if sources.cleanliness[k] < BAD]
-
-    def texts(chosen: list[int]) -> list[str]:
-        return [sources.prompts[k] for k in chosen]
-
-    lots = [("rendered", sources.rendered, rows), ("redrawn", sources.redrawn, rows), ("drawn", sources.drawn, good)]
-    clean = Pool.of([(pictures[chosen], 0, texts(chosen), [kind] * len(chosen)) for kind, pictures, chosen in lots])
-    generator = torch.Generator().manual_seed(seed + 7)
-    names, lots = [*KINDS, "climbed"], [(clean.pictures, 0, clean.prompts, clean.kinds)]
-    for through_decoder in (False, True):
-        count = each * len(names) // 2 if each is not None else len(clean.prompts) // (1 + through_decoder)
-        order = torch.randperm(len(clean.prompts), generator=generator).repeat(-(-count // len(clean.prompts)))[:count]
-        kinds = [names[k % len(names)] for k in range(count)]
-        broken = _broken(clean, order.tolist(), kinds, scorer, generator)
-        broken = redraw(vae, broken) if through_decoder else broken
-        lots.append((broken, 1, [clean.prompts[k] for k in order.tolist()], kinds))
-    lots.append((sources.drawn[bad], 1, texts(bad), ["drawn badly"] * len(bad)))
-    return Pool.of(lots)
-
-
-def _broken(clean: Pool, order: list[int], kinds: list[str], scorer: ClipScorer, generator: torch.Generator) -> Tensor:
-    """Clean pictures in this order, each broken in its own way: uint8."""
-    images = clean.pictures[order].float() / 255
-    up = [k for k, kind in enumerate(kinds) if kind == "climbed"]
-    others = [k for k, kind in enumerate(kinds) if kind != "climbed"]
-    result = images.clone()
-    result[others] = corrupt(images[others], [kinds[k] for k in others], generator)
-    result[up] = climb(images[up], [clean.prompts[order[k]] for k in up], scorer)
-    return to_bytes(result)
+SEEDS = 3
+"""Trainings without each family of kinds."""
 
 
 def train(pool: Pool, seed: int, say: bool = True) -> ArtifactClassifier:
     """A classifier of a pool."""
     torch.manual_seed(seed)
     model = ArtifactClassifier(Design(SIZE, DETAIL), None, torch.device("cpu"))
-    fit(model, pool.pictures, pool.labels, TRAINING, seed, lambda text: print(f"  {text}", flush=True) if say else None)
+    fit(
+        model, pool.pictures, pool.labels, TRAINING, seed, lambda text: print(f"  {text}", flush=True) if say else None,
+        pool.originals,
+    )  # fmt: skip
     return model
 
 
 def by_kind(model: ArtifactClassifier, pool: Pool, kinds: Sequence[str]) -> dict[str, float]:
     """Accuracy on same-prompt pairs, kind by kind; the clean side is what the policy can draw: redrawn or drawn."""
-    clean, found = -scores(model, pool.pictures), {}
+    return _pairs(-scores(model, pool.pictures), pool, kinds)
+
+
+def _pairs(clean: Tensor, pool: Pool, kinds: Sequence[str]) -> dict[str, float]:
+    found = {}
     for kind in kinds:
         rows = [k for k, own in enumerate(pool.kinds) if own in (kind, "redrawn", "drawn")]
         found[kind] = pair_accuracy(clean[rows], pool.labels[rows], [pool.prompts[k] for k in rows])[0]
     return found
 
 
-def make_artifact(work: Path, assets: Path, seed: int, folds: int = len(FAMILIES)) -> None:
-    """Train it, write its folder and its card; `folds`: families of kinds to leave out, one training each."""
+def left_out(place: int) -> tuple[str, ...]:
+    """The kinds of one family, those of `KINDS` first: nothing like them is learned from when it is tried."""
+    return (*FAMILIES[place], *(("climbed",) if "grain" in FAMILIES[place] else ()), *EXTRA_FAMILIES[place])
+
+
+def never_seen(work: Path, learn: Pool, tried: dict[str, Pool], seed: int) -> dict[str, dict[str, list[float]]]:
+    """Accuracy on pairs of kinds left out, family by family, one value for each of `SEEDS` trainings; finished ones are kept.
+
+    By the name in `tried`, then by kind.
+    """
+    file = work / "artifact_unseen.json"
+    done = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for one in range(seed, seed + SEEDS):
+        for place in range(len(FAMILIES)):
+            if (key := f"{one}/{place}") not in done:
+                model = train(learn.without(left_out(place)), one, say=False)
+                kinds = [kind for kind in left_out(place) if kind not in EXTRA]
+                done[key] = {name: by_kind(model, pool, kinds) for name, pool in tried.items()}
+                file.write_text(json.dumps(done), encoding="utf-8")
+                means = (f"{name} {np.mean(list(values.values())):.3f}" for name, values in done[key].items())
+                print(f"seed {one}, never seen {', '.join(kinds)}: " + ", ".join(means), flush=True)
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in tried}
+    for one in range(seed, seed + SEEDS):
+        for place in range(len(FAMILIES)):
+            for name, values in done[f"{one}/{place}"].items():
+                for kind, value in values.items():
+                    found[name].setdefault(kind, []).append(value)
+    return found
+
+
+def make_artifact(work: Path, assets: Path, seed: int) -> None:
+    """Train it, write its folder and its card."""
     started = time.process_time()
     sources, vae = draw_sources(work, assets / "tiny-sd3", seed)
-    scorer = ClipScorer.load(assets / "tiny-clip", torch.device("cpu"))
-    file = work / "artifact_pools.pt"
-    if not file.exists():
-        sizes: tuple[tuple[Part, int | None], ...] = (("train", None), ("select", 20), ("report", TRIED))
-        torch.save([vars(label(sources, part, vae, scorer, seed, each)) for part, each in sizes], file)
-    pools = [Pool(**content) for content in torch.load(file, weights_only=True)]
-    learn, select, tried = pools
+    learn, select, every = draw_pools(work, assets, sources, vae, seed)
+    tried = {"all": every, "rated": rated(every)}
     print(f"{len(learn.labels)} pictures to learn from, {time.process_time() - started:.0f} s", flush=True)
-    unseen: dict[str, float] = {}
-    for family in FAMILIES[:folds]:
-        left_out = (*family, "climbed") if "grain" in family else family
-        unseen |= by_kind(train(learn.without(left_out), seed, say=False), tried, left_out)
-        print("never seen: " + ", ".join(f"{kind} {unseen[kind]:.3f}" for kind in left_out), flush=True)
+    unseen = never_seen(work, learn, tried, seed)
     model = train(learn, seed)
-    with_temperature(model, select.pictures, select.labels)
-    measured = report(model, tried.pictures, tried.labels, tried.prompts)
-    seen = by_kind(model, tried, [*KINDS, "climbed", "drawn badly"])
+    calibration = rated(select)
+    with_temperature(model, calibration.pictures, calibration.labels)
     values = torch.sigmoid(-scores(model, sources.drawn) / model.design.temperature)
     base = {
         name: round(float(values.quantile(q)), 4) for name, q in (("lower", 0.25), ("median", 0.5), ("upper", 0.75))
     }
     model.design = replace(model.design, base=base)
-    rows = [
-        f"| {kind} | {unseen[kind]:.3f} | {seen[kind]:.3f} |" if kind in unseen else f"| {kind} | | {seen[kind]:.3f} |"
-        for kind in seen
-    ]
+    measured = report(model, tried["rated"].pictures, tried["rated"].labels, tried["rated"].prompts)
+    means = {name: np.array(list(kinds.values())).mean(0) for name, kinds in unseen.items()}
+    worst = min(unseen["rated"], key=lambda kind: float(np.mean(unseen["rated"][kind])))
     words = dict(
-        prompts=PROMPTS, learn=len(learn.labels), steps=TRAINING.steps, table=measured.table, rows="\n".join(rows), examples=EXAMPLES, good=GOOD, bad=BAD,
-        unseen=float(np.mean(list(unseen.values()))) if unseen else float("nan"), worst=min(unseen, key=unseen.__getitem__, default="none"),
-        temperature=model.design.temperature, minutes=(time.process_time() - started) / 60, **base,
+        prompts=PROMPTS, learn=len(learn.labels), steps=TRAINING.steps, table=measured.table, examples=EXAMPLES, good=GOOD, bad=BAD,
+        rows=_rows(model, tried, unseen), seeds=SEEDS, worst=worst, unseen=means["rated"].mean(), unrated=means["all"].mean(),
+        spread="" if SEEDS < 2 else " (seeds: " + ", ".join(f"{x:.3f}" for x in means["rated"]) + ")",
+        temperature=model.design.temperature, **base,
     )  # fmt: skip
     model.save(assets / "tiny-artifact", CARD.format(**words), torch.float16)
-    write_examples(assets / "tiny-artifact", select, seed)
+    write_examples(assets / "tiny-artifact", calibration, seed)
     print(f"mean over kinds never seen: {words['unseen']:.3f}; all kinds seen: {measured.pairs:.3f}", flush=True)
+
+
+def _rows(model: ArtifactClassifier, tried: dict[str, Pool], unseen: dict[str, dict[str, list[float]]]) -> str:
+    """Lines of the card: a kind, its pairs, and accuracy on them never seen, seen, and on all pairs never seen."""
+    rows, pool = [], tried["rated"]
+    seen = by_kind(model, pool, [*KINDS, "climbed", "drawn badly"])
+    verifier = by_verifier(tried["all"], [*KINDS, "climbed", "drawn badly"])
+    for kind, value in seen.items():
+        others = [f"{np.mean(unseen[name][kind]):.3f}" if kind in unseen[name] else "" for name in ("rated", "all")]
+        clean = [p for p, own in zip(pool.prompts, pool.kinds, strict=True) if own in ("redrawn", "drawn")]
+        pairs = sum(clean.count(p) for p, own in zip(pool.prompts, pool.kinds, strict=True) if own == kind)
+        rows.append(f"| {kind} | {others[0]} | {value:.3f} | {pairs} | {others[1]} | {verifier[kind]:.3f} |")
+    return "\n".join(rows)
+
+
+def by_verifier(pool: Pool, kinds: Sequence[str]) -> dict[str, float]:
+    """As `by_kind`, of the verifier's own cleanliness: what no classifier of these labels can be expected to exceed by much."""
+    return _pairs(verify(pool.pictures, pool.prompts)["cleanliness"].double(), pool, kinds)
 
 
 def write_examples(folder: Path, pool: Pool, seed: int) -> None:
@@ -235,34 +151,37 @@ def write_examples(folder: Path, pool: Pool, seed: int) -> None:
 
 CARD = """# tiny-artifact
 
-P(no artifact) of a 64 x 64 picture of the shapes world, whatever its caption: five convolutions, see `reward_models/artifact.py`.
-Weights are float16. Trained from nothing on {learn} labelled pictures of {prompts} captions ({steps} steps of 64), calibrated on
-other captions (temperature {temperature:.2f}) and measured on yet others, by
+P(no artifact) of a 64 x 64 picture of the shapes world, whatever its caption: a small convolutional network that judges each place,
+see `reward_models/artifact.py`. Weights are float16. Trained from nothing on {learn} pictures of {prompts} captions ({steps} steps
+of 64), calibrated on other captions (temperature {temperature:.2f}) and measured on yet others, by
 
     python scripts/build_assets.py --only artifact        # part of `make assets`
 
-in {minutes:.0f} minutes of one core, the trainings below included. No held-out caption was shown.
+No held-out caption was shown. Learned from are clean pictures (rendered, through the policy's decoder, drawn more than {good} clean by
+the verifier, which stands for a rater), each corrupted in one of the ways below or of `t2irl/shapes/corruptions_extra.py`, half
+of these through the decoder afterwards; and the base model's own drawings less than {good} clean, each beside what the verifier
+reads in it, drawn anew. The clean one of two has to score higher, and the places where they differ are told.
 
-All kinds seen in training:
+All kinds seen in training, calibration error included:
 
 {table}
 
 Same-prompt pairs by kind of corruption: a clean picture that the policy could draw (through its decoder, or by the base model)
-against a broken one of the same caption, half of them through the decoder after they were broken. *Never seen*: its whole family of
-similar kinds was left out of the training.
+against a broken one of the same caption. *Never seen*: its whole family of similar kinds, those of `corruptions_extra.py` included, was
+left out of the training; mean of {seeds} training seed(s). Not counted are broken pictures that the verifier finds more than {good}
+clean, which is how much a drawing needs to be called clean: the decoder repairs half of the fine textures. *All pairs* counts
+them as well; *verifier* is how often its own cleanliness is right on those.
 
-| kind | never seen | seen |
-|---|---|---|
+| kind | never seen | seen | pairs | never seen, all pairs | verifier, all pairs |
+|---|---|---|---|---|---|
 {rows}
 
-Mean over the kinds never seen: **{unseen:.3f}**; the worst is `{worst}`. *climbed* is a picture driven up the gradient of tiny-clip.
-*drawn badly* are the base model's own drawings that the verifier finds less than {bad} clean; above {good} they count as clean.
+Mean over the kinds never seen: **{unseen:.3f}**{spread}; the worst is `{worst}`. On all pairs: {unrated:.3f}.
+*climbed* is a picture driven up the gradient of tiny-clip. *drawn badly* are the base model's own drawings, of other captions
+than those learned from, that the verifier finds less than {bad} clean.
 
 Base model (assets/tiny-sd3): median {median:.3f}, quartiles {lower:.3f} and {upper:.3f}; the same in `artifact.json`.
 
 `examples.png` and `examples.jsonl` hold {examples} of the pictures for calibration with their labels, which `artifact_adaptive` learns
 from together with what it mines.
-
-Frozen features of tiny-dinov2 do not do: heads on all four of its blocks got 0.58 to 0.69 on pairs of warped, molten, shattered
-and doubled pictures when these kinds were left out, which is why this classifier has convolutions of its own.
 """

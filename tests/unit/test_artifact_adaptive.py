@@ -202,8 +202,8 @@ def test_it_is_not_resumed_without_its_state(make_set: Callable[..., RewardSet])
     with pytest.raises(ValueError, match="no state of the reward 'artifact', which learns"):
         rewards.load_state_dict({})
     state = copy.deepcopy(rewards.state_dict())
-    state["artifact"]["parameters"].pop("detail.head.last.bias")
-    with pytest.raises(ValueError, match=r"detail\.head\.last\.bias: None given"):
+    state["artifact"]["parameters"].pop("detail.place.bias")
+    with pytest.raises(ValueError, match=r"detail\.place\.bias: None given"):
         rewards.load_state_dict(state)
 
 
