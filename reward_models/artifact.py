@@ -147,9 +147,9 @@ class ArtifactClassifier(nn.Module):
     def move(self, amount: float) -> None:
         """Add a number to every picture's logit."""
         if self.heads is not None:
-            self.heads.whole.last.bias += amount
+            self.heads.whole.last.bias.add_(amount)
         elif self.detail is not None and self.detail.place.bias is not None:
-            self.detail.place.bias += amount / 2  # it is in both means of `pooled`
+            self.detail.place.bias.add_(amount / 2)  # it is in both means of `pooled`
 
     # ---------------------------------------------------------------------------------------------------------- files
     @classmethod

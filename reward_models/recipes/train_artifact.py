@@ -103,7 +103,7 @@ def _loss(logits: Tensor, maps: list[Tensor], images: Tensor, paired: Tensor, ch
         return loss
     loss = loss + (F.softplus(clean - broken) * (paired & plain)).mean()
     for places in maps:
-        there = F.adaptive_avg_pool2d(change, places.shape[-2:])[:, 0]
+        there = F.adaptive_avg_pool2d(change, (places.shape[-2], places.shape[-1]))[:, 0]
         wrong, right = (x & paired[:, None, None] for x in (there > changed, there < changed / 4))
         before, after = F.softplus(places[:half]), places[half:]
         loss = loss + before.mean() + (F.softplus(after) * right).sum() / right.sum().clamp(min=1)

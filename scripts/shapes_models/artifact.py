@@ -168,7 +168,7 @@ All kinds seen in training, calibration error included:
 
 Same-prompt pairs by kind of corruption: a clean picture that the policy could draw (through its decoder, or by the base model)
 against a broken one of the same caption. *Never seen*: its whole family of similar kinds, those of `corruptions_extra.py` included, was
-left out of the training; mean of {seeds} training seed(s). Not counted are broken pictures that the verifier finds more than {good}
+left out of the training; mean of {seeds} trainings. Not counted are broken pictures that the verifier finds more than {good}
 clean, which is how much a drawing needs to be called clean: the decoder repairs half of the fine textures. *All pairs* counts
 them as well; *verifier* is how often its own cleanliness is right on those.
 

@@ -111,8 +111,9 @@ class Pool:
     def of(parts: Sequence[tuple[Tensor, int, list[str], list[str], list[int]]]) -> Pool:
         """Several lots of pictures, label, prompts, kinds and originals."""
         labels = torch.cat([torch.full((len(part[0]),), part[1]) for part in parts])
-        prompts, kinds, originals = ([x for part in parts for x in part[k]] for k in (2, 3, 4))
-        return Pool(torch.cat([part[0] for part in parts]), labels, prompts, kinds, torch.tensor(originals))
+        prompts, kinds = [x for part in parts for x in part[2]], [x for part in parts for x in part[3]]
+        originals = torch.tensor([x for part in parts for x in part[4]])
+        return Pool(torch.cat([part[0] for part in parts]), labels, prompts, kinds, originals)
 
 
 def climb(images: Tensor, texts: Sequence[str], scorer: ClipScorer) -> Tensor:
@@ -190,7 +191,7 @@ def _broken(clean: Pool, order: list[int], kinds: list[str], scorer: ClipScorer,
 
 def draw_pools(work: Path, assets: Path, sources: Sources, vae: AutoencoderKL, seed: int) -> list[Pool]:
     """Pictures to learn from, to calibrate on and to be tried on, or those that an earlier call drew."""
-    file = work / "artifact_pools.pt"
+    file = work / "artifact_labelled.pt"
     if not file.exists():
         scorer = ClipScorer.load(assets / "tiny-clip", torch.device("cpu"))
         sizes: tuple[tuple[Part, int | None], ...] = (("train", None), ("select", 20), ("report", TRIED))
