@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -70,6 +69,8 @@ class Act(IntEnum):
 
 def asked() -> bool:
     """Whether the launcher asks for weights spread over processes. Raises ConfigError for a way that is not there."""
+    from accelerate.utils import parse_flag_from_env  # heavy, and `t2irl check` needs none of it
+
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
             "the launcher asks for DeepSpeed (ACCELERATE_USE_DEEPSPEED), whose engine would take over optimiser, gradients and loss scale. "

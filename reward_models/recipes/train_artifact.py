@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
 from torch import Tensor
 
 from reward_models.artifact import ArtifactClassifier, Design, scores
@@ -122,6 +122,17 @@ def _moved(images: Tensor, settings: Settings, generator: torch.Generator) -> Te
 
 
 # ----------------------------------------------------------------------------------------------------------- figures
+def best_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature T at which sigmoid(logit / T) explains labels (n,) in [0, 1] best (Guo et al. 2017), between 0.05 and 20."""
+    z, y = logits.double(), labels.double()
+
+    def loss(log_t: float) -> float:
+        return float(F.binary_cross_entropy_with_logits(z / math.exp(log_t), y))
+
+    found: Any = minimize_scalar(loss, bounds=(-3, 3), method="bounded")
+    return math.exp(found.x)
+
+
 def calibrate(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     """Temperature T and offset b at which sigmoid((logit - b) / T) explains labels (n,) best; T between 0.05 and 20.
 

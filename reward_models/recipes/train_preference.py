@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reward_models.preference import PreferenceModel
 from reward_models.recipes.labelled import PARTS, Part, part_of
-from reward_models.recipes.train_artifact import calibrate, calibration_error
+from reward_models.recipes.train_artifact import best_temperature, calibration_error
 
 BATCH = 64
 """Pictures whose features are computed at a time."""
@@ -165,7 +165,7 @@ def fit(
 def with_calibration(model: PreferenceModel, train: Rows, select: Rows) -> None:
     """Set the temperature on pairs that were not learned from, and the offset by the pictures that were."""
     with torch.no_grad():
-        temperature = calibrate(margins(model, select).cpu(), select[2].cpu())
+        temperature = best_temperature(margins(model, select).cpu(), select[2].cpu())
         offset = float(model.judge(torch.cat(train[:2])).mean())
     model.design = replace(model.design, temperature=temperature, offset=offset)
 

@@ -64,7 +64,7 @@ def test_summary_and_metrics_have_the_documented_keys(config: Path, run_dir: Pat
     summary, lines = json.loads((run_dir / "summary.json").read_text()), metrics(run_dir)
     assert set(summary) == {
         "base", "final", "images_evaluated", "iterations", "updates", "images_sampled", "seconds", "export", "warnings",
-        "stopped", "best",
+        "stopped", "best", "memory",
     }  # fmt: skip
     assert set(summary["base"]) == set(summary["final"]) == {"bright", "vivid"}
     assert (summary["iterations"], summary["updates"], summary["images_sampled"], summary["images_evaluated"]) == (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 
 import pytest
 import torch
@@ -111,7 +112,8 @@ def test_the_end_of_a_run_compares() -> None:
     )
     footprint = Footprint(torch.device("cpu"))
     footprint.mark("start")
-    block = torch.ones(2**24)  # 64 MiB, touched
+    block = mmap.mmap(-1, 2**26)  # 64 MiB, which no freed memory can serve
+    block.write(b"1" * 2**26)
     footprint.mark("model")
     footprint.mark("rewards")
     measured = footprint.measured()
