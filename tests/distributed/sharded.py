@@ -22,10 +22,10 @@ from t2irl.sharding import local, whole
 from t2irl.train import Parts, update_policy
 from t2irl.types import MicroBatch, Prediction, PromptGroups
 from t2irl.utils import distributed
-from tests.distributed.worker import CPU, main
+from tests.distributed.worker import CPU, main, one_image
 from tests.families import CASES
 from tests.invariants.test_gardo import GATE, RECORDED, SLOW, gardo_run, scored
-from tests.invariants.toy import PROMPTS, toy_parts, toy_rollout, toy_run
+from tests.invariants.toy import PROMPTS, toy_parts, toy_run
 
 HERE = "tests.distributed.sharded"
 FAMILIES = ("sd3", "flux_dev", "sd15", "qwen_image", "sana", "z_image", "flux2_klein")
@@ -125,15 +125,7 @@ def lonely() -> dict[str, Any]:
     """One image of the iteration carries signal: the other process has no call of its own to make."""
     run = _run({"type": "full"}, regularizers={}, update={"per_iteration": 2, "batch_size": 1})
     parts = toy_parts(run, sharded=spread())
-    trajectory, log = toy_rollout(run, parts), UpdateLog(CPU)
-    advantages = torch.zeros(len(trajectory.groups))
-    if distributed.rank() == 0:
-        advantages[3] = 1.0
-    held = []
-    for images in updates(trajectory, advantages, parts.geometry, run.seed, 0, True):
-        held.append(len(images))
-        update_policy(run, parts, images, trajectory.levels, log)
-    return {"held": held, "metrics": log.metrics(), "weights": snapshot(parts)}
+    return {**one_image(run, parts), "weights": snapshot(parts)}
 
 
 def alone() -> dict[str, Any]:

@@ -23,9 +23,10 @@ from t2irl import registry
 from t2irl.advantages import group_advantages
 from t2irl.algorithms.grpo import Grpo
 from t2irl.batches import micro_batches, updates
+from t2irl.config import Run
 from t2irl.geometry import Geometry
 from t2irl.monitor import UpdateLog
-from t2irl.train import own_groups, shaped, update_policy
+from t2irl.train import Parts, own_groups, shaped, update_policy
 from t2irl.types import MicroBatch, Prediction, PromptGroups, Rollout, TrainingImages, Trajectory
 from t2irl.utils import distributed
 from tests.adversaries import write_dino, write_references
@@ -222,10 +223,8 @@ def prompts() -> dict[str, Any]:
     return found
 
 
-def lonely() -> dict[str, Any]:
-    """One image of the whole iteration carries signal, so all processes but one have nothing to do in an update."""
-    run = toy_run({"update": {"per_iteration": 2}})
-    parts = toy_parts(run)
+def one_image(run: Run, parts: Parts) -> dict[str, Any]:
+    """Updates of an iteration in which one image carries signal, so all processes but one have nothing to do: images held, metrics."""
     trajectory, log = toy_rollout(run, parts), UpdateLog(CPU)
     advantages = torch.zeros(len(trajectory.groups))
     if distributed.rank() == 0:
@@ -234,9 +233,15 @@ def lonely() -> dict[str, Any]:
     for images in updates(trajectory, advantages, parts.geometry, run.seed, 0, True):
         held.append(len(images))
         update_policy(run, parts, images, trajectory.levels, log)
+    return {"held": held, "metrics": log.metrics()}
+
+
+def lonely() -> dict[str, Any]:
+    """One image of the whole iteration carries signal, so all processes but one have nothing to do in an update."""
+    run = toy_run({"update": {"per_iteration": 2}})
+    parts = toy_parts(run)
     return {
-        "held": held,
-        "metrics": log.metrics(),
+        **one_image(run, parts),
         "weights": torch.cat([p.detach().flatten() for p in parts.policy.trained.values()]),
     }
 
