@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from t2irl.cli import main
+from t2irl.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -7,9 +7,11 @@ read, written or continued, 4 the run had to stop, 128 + n signal n arrived, 1 a
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -30,6 +32,29 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing and exiting."""
         raise ConfigError(f"{message}\n{self.format_usage().strip()}")
+
+
+def entry() -> NoReturn:
+    """The whole life of the process: `main` on the command line, then the end with its exit code.
+
+    One of several processes (WORLD_SIZE) ends once hooks have run and output is written, without the interpreter's own
+    teardown: threads of a process group may outlive it, and abort a process that has told its error and saved its run.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(main())
+    try:
+        code = main()
+    except SystemExit as ended:  # argparse, after --help and --version
+        code = int(ended.code or 0)
+    except BaseException:  # a bug; nobody above us is left to show it
+        traceback.print_exc()
+        code = 1
+    # What Python does at the end and is of use: trackers and logging finish, child processes and temporary folders go.
+    # multiprocessing ends its processes by the same two calls.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
