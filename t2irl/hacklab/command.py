@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from t2irl.cli import Parser, split
 from t2irl.errors import ConfigError, DataError, RunError
 from t2irl.hacklab.grid import Cell, Chosen, expand, load_grid
+from t2irl.hacklab.joined import join
 from t2irl.hacklab.results import write_results
 from t2irl.hacklab.runner import Pool, finished, refuse_changed
 from t2irl.loading import load_run
 
 OPTIONS = {
-    "--out": True, "--jobs": True, "--methods": True, "--proxies": True, "--seeds": True, "--report-only": False,
-    "--list": False, "--help": False,
+    "--out": True, "--join": True, "--jobs": True, "--methods": True, "--proxies": True, "--seeds": True,
+    "--report-only": False, "--list": False, "--help": False,
 }  # fmt: skip
 """What is not an override, and whether it takes a value."""
 
@@ -31,21 +33,32 @@ def hacklab(argv: Sequence[str]) -> int:
     out = arguments.out or Path("runs/hacklab") / arguments.grid.stem
     chosen = Chosen(_words(arguments.methods), _words(arguments.proxies), _numbers(arguments.seeds))
     cells = expand(grid, layer, arguments.grid, out, chosen, overrides)
+    # The report speaks of the whole grid, whatever part of it is run this time; so do files that are joined.
+    everything = cells if chosen == Chosen() else expand(grid, layer, arguments.grid, out, overrides=overrides)
+    joined = join(arguments.join, grid, everything, _say)
     if arguments.list:
-        _list(cells)
+        _list(cells, joined)
         return 0
-    refuse_changed(cells)
+    own = [cell for cell in cells if cell.name not in joined]
+    refuse_changed(own)
     failures = []
     if not arguments.report_only:
-        _check(cells)
-        failures = Pool(cells, arguments.jobs, lambda text: print(text, flush=True)).run()
-    # The report speaks of the whole grid, whatever part of it was run this time.
-    everything = expand(grid, layer, arguments.grid, out, overrides=overrides)
-    print(write_results(grid, everything, out, shlex.join(["t2irl", "hacklab", *argv])))
+        _check(own)
+        failures = Pool(own, arguments.jobs, _say).run()
+    print(write_results(grid, everything, out, _command(argv), joined))
     if failures:
         lines = [f"{failure.name}, exit code {failure.code}: {failure.words}" for failure in failures]
-        raise RunError("\n".join([f"{len(failures)} of {len(cells)} runs failed; all others are done", *lines]))
+        raise RunError("\n".join([f"{len(failures)} of {len(own)} runs failed; all others are done", *lines]))
     return 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command for the results, which may be committed: what lies below the current directory is named from there."""
+    return re.sub(rf"(?<![\w./~-]){re.escape(str(Path.cwd()))}/", "", shlex.join(["t2irl", "hacklab", *argv]))
 
 
 def _probe(argv: Sequence[str]) -> int:
@@ -83,6 +96,15 @@ def _parser() -> Parser:
     parser.add_argument("grid", type=Path, metavar="GRID", help="YAML file, see docs/hacklab.md")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where runs and results go (runs/hacklab/<grid>)")
     parser.add_argument(
+        "--join",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="results.json of the same grid from another machine or an earlier time, may be given more than once: its finished "
+        "runs count as done",
+    )
+    parser.add_argument(
         "--jobs", type=_positive, default=2, metavar="N", help="runs at a time; they share the cores (2)"
     )
     for kind in ("methods", "proxies", "seeds"):
@@ -109,10 +131,11 @@ def _numbers(text: str | None) -> list[int] | None:
     return None if words is None else [int(word) for word in words]
 
 
-def _list(cells: Sequence[Cell]) -> None:
+def _list(cells: Sequence[Cell], joined: Collection[str]) -> None:
     for cell in cells:
         begun = any((cell.run.run_dir / "checkpoints").glob("iteration_*"))
-        print(f"{'done' if finished(cell) else 'begun' if begun else 'open':<6} {cell.name}")
+        state = "joined" if cell.name in joined else "done" if finished(cell) else "begun" if begun else "open"
+        print(f"{state:<6} {cell.name}")
 
 
 def _check(cells: Sequence[Cell]) -> None:

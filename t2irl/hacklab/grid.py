@@ -16,6 +16,8 @@ the grid file, then in the current directory; paths within configs are relative 
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -232,6 +234,24 @@ def changed(cell: Cell) -> list[str]:
         for k in sorted(before.keys() | after.keys())
         if before.get(k) != after.get(k)
     ]
+
+
+def settings(run: Run, trained: Mapping[str, float]) -> str:
+    """A short digest of what a run is and of how its proxy is counted, the same on every machine.
+
+    What is at its default does not count, so that a later version with more options gives the same; nor does `run_dir`.
+    """
+    whole, own = run.model_dump(mode="json"), run.model_dump(mode="json", exclude_defaults=True, exclude={"run_dir"})
+    text = json.dumps([_typed(own, whole), dict(trained)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _typed(own: Any, whole: Any) -> Any:
+    """What differs from defaults, with every `type` beside it: the default type of an entry says what the rest means."""
+    if isinstance(own, dict):
+        kind = {"type": whole["type"]} if "type" in whole else {}
+        return kind | {key: _typed(value, whole[key]) for key, value in own.items()}
+    return [_typed(a, b) for a, b in zip(own, whole, strict=True)] if isinstance(own, list) else own
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

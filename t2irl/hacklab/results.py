@@ -7,15 +7,18 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from t2irl.errors import ConfigError
 from t2irl.evaluation.overoptimization import fit
 from t2irl.hacklab.curves import Curve, area, at_level, crossing, value_at
-from t2irl.hacklab.grid import Cell, Grid
+from t2irl.hacklab.grid import Cell, Grid, settings
 from t2irl.hacklab.runner import finished
 from t2irl.launch import read_metrics, write_json
+from t2irl.loading import load_run
 
 LEVEL = 0.5
 """Gold is compared at the proxy score that lies this far between the base model and the first method's best."""
@@ -39,6 +42,8 @@ class Record:
     """proxy, gold and whatever else was measured."""
     seconds: float
     """Time that the run took so far."""
+    settings: str | None
+    """Digest of what it was started with, see `grid.settings`; None for a config that this version cannot read."""
 
     @property
     def gold(self) -> Curve:
@@ -66,7 +71,15 @@ def read_record(cell: Cell, grid: Grid) -> Record | None:
         for k, v in row.items()
         if k.startswith("time/") and k not in ("time/iteration_s", "time/score_hidden_s") and v
     )
-    return Record(cell, finished(cell), curves, seconds)
+    return Record(cell, finished(cell), curves, seconds, _started_with(cell))
+
+
+def _started_with(cell: Cell) -> str | None:
+    # Not what the grid says now: a run outside of the part that was asked for may be older than a change of the grid.
+    try:
+        return settings(load_run([cell.run.run_dir / "config.yaml"]), cell.trained)
+    except ConfigError:
+        return None
 
 
 def _proxy(row: Mapping[str, float], trained: Mapping[str, float]) -> float | None:
@@ -154,11 +167,16 @@ def fitted_peak(records: Sequence[Record]) -> float | None:
     return peak if peak is not None and peak <= 2 * float(distance.max()) else None
 
 
-def write_results(grid: Grid, cells: Sequence[Cell], out: Path, command: str) -> str:
-    """Read all runs, write results.json, table.md, figure.svg and hacklab.html into `out`; returns what to say."""
+def write_results(
+    grid: Grid, cells: Sequence[Cell], out: Path, command: str, joined: Mapping[str, Record] = MappingProxyType({})
+) -> str:
+    """Read all runs, write results.json, table.md, figure.svg and hacklab.html into `out`; returns what to say.
+
+    `joined`: runs that were made elsewhere, by name; they stand for those of `cells`.
+    """
     from t2irl.hacklab.page import write_page
 
-    records = [record for cell in cells if (record := read_record(cell, grid))]
+    records = [record for cell in cells if (record := joined.get(cell.name) or read_record(cell, grid))]
     rows = table(grid, records)
     text = markdown(grid, rows)
     out.mkdir(parents=True, exist_ok=True)
@@ -170,14 +188,15 @@ def write_results(grid: Grid, cells: Sequence[Cell], out: Path, command: str) ->
     write_json(out / "results.json", content)
     (out / "table.md").write_text(text, encoding="utf-8")
     page = write_page(grid, cells, records, rows, command, out)
-    return f"{text}\n{content['finished']} of {len(cells)} runs are finished. Results: {page}"
+    others = f", {len(joined)} of them joined" if joined else ""
+    return f"{text}\n{content['finished']} of {len(cells)} runs are finished{others}. Results: {page}"
 
 
 def _plain(record: Record) -> dict[str, Any]:
     cell = record.cell
     return {
         "proxy": cell.proxy, "method": cell.method, "seed": cell.seed, "complete": record.complete,
-        "seconds": round(record.seconds), "curves": _rounded(record.curves),
+        "settings": record.settings, "seconds": round(record.seconds), "curves": _rounded(record.curves),
     }  # fmt: skip
 
 
