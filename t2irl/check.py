@@ -140,8 +140,11 @@ def trained_size(run: Run, folder: Folder) -> int | None:
     return adapter_size(shapes, tune, tuple(tune.targets or registry.find("models", run.model.type).lora_targets))
 
 
-def describe(run: Run, world_size: int) -> str:
-    """What a run will be on a number of processes, as text. Raises ConfigError and DataError as the run itself would."""
+def describe(run: Run, world_size: int, spread: bool = False) -> str:
+    """What a run will be on a number of processes, as text. Raises ConfigError and DataError as the run itself would.
+
+    `spread`: the denoiser's weights are spread over the processes.
+    """
     from t2irl.estimate import estimate  # which reads folders by what is above
 
     g = Geometry.of(run, world_size)
@@ -152,7 +155,10 @@ def describe(run: Run, world_size: int) -> str:
     rows += [("", f"note: {note}") for note in (*train.notes, *heldout.notes)]
     if both := overlap(train, heldout):
         rows.append(("", f"warning: {len(both)} held-out prompts are trained on as well, for example {both[0]!r}"))
-    found = estimate(run, g, folder, len(train) + len(heldout))
+    if spread:
+        what = f"each holds 1/{world_size} of the denoiser, trained weights, copies and moments"
+        rows.append(("spread", f"over {world_size} processes: {what}"))
+    found = estimate(run, g, folder, len(train) + len(heldout), spread)
     parts = (*found.device, *found.host, *((f"  {name}", size) for name, size in found.phases))
     width = max(len(name) for name, _ in parts)
     total = f"{human(found.peak)}{'' if found.complete else ' and the unknown parts'}"

@@ -81,7 +81,7 @@ def build(run: Run, ctx: Context) -> Parts:
     """Load and construct everything; cheap checks come before heavy loading."""
     geometry = Geometry.of(run, distributed.world_size())
     sharding.check(run, ctx.sharded)
-    ctx.say(describe(run, distributed.world_size()) + sharding.note(ctx.sharded) if ctx.is_main else "")
+    ctx.say(describe(run, distributed.world_size(), ctx.sharded) if ctx.is_main else "")
     prompts, heldout_prompts = (
         load_prompts(run.data.prompts, "data.prompts"),
         load_prompts(run.data.heldout, "data.heldout"),

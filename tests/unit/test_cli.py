@@ -210,6 +210,11 @@ def test_fields(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "CONFIG", "--resume"], "--resume: expected one argument"),
         (["check", "CONFIG", "--processes", "two"], "invalid int value: 'two'"),
         (["check", "CONFIG", "--processes", "0"], "0 processes"),
+        (["check", "CONFIG", "--spread"], "one process has nothing to spread weights over; add --processes N"),
+        (
+            ["check", "CONFIG", "--spread", "--processes=2", "--speed.compile=true"],
+            "speed.compile = true: blocks whose weights are spread",
+        ),
         (["check", "CONFIG", "--seed"], "override --seed: the value is missing"),
         (["check", "CONFIG", "--seed", "1", "other.yaml"], "unexpected argument 'other.yaml'"),
         (["check", "CONFIG", "--proceses", "2"], "unknown key"),
@@ -300,6 +305,25 @@ def test_only_the_first_process_prints(
     assert spoken(capsys, "train", str(config)) == (4, "", "error (process 1): only this process knows\n")
     monkeypatch.setenv("RANK", "0")
     assert "on 2 processes" in spoken(capsys, "check", str(config))[1]
+
+
+def test_check_counts_parts_where_weights_are_spread(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its option, or as the launcher that it is started by says; a number of processes of one's own is not the launcher's."""
+    spread = "spread     over 2 processes: each holds 1/2 of the denoiser"
+    full = ("check", str(config), "--policy.tune.type=full")
+    code, out, _ = spoken(capsys, *full, "--processes=2", "--spread")
+    assert code == 0 and spread in out
+    copies = [
+        next(line for line in text.splitlines() if "reference copy" in line) for text in (out, spoken(capsys, *full)[1])
+    ]
+    (part, unit), (whole, other) = (line.split()[-2:] for line in copies)
+    assert unit == other and math.isclose(2 * float(part), float(whole), abs_tol=0.11)
+    for variable, value in {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(variable, value)
+    assert spoken(capsys, *full)[1] == out
+    assert "spread  " not in spoken(capsys, *full, "--processes=4")[1]
 
 
 def test_help_and_check_load_little(config: Path) -> None:
