@@ -15,7 +15,7 @@ from typing import Any
 
 from t2irl import registry
 from t2irl.config import FixedWindow, Lora, RandomWindow, Run, SlidingWindow
-from t2irl.data import load_prompts, overlap, prompt_ids
+from t2irl.data import Prompts, load_both, overlap, prompt_ids
 from t2irl.errors import ConfigError, DataError
 from t2irl.geometry import Geometry, either
 
@@ -140,15 +140,15 @@ def trained_size(run: Run, folder: Folder) -> int | None:
     return adapter_size(shapes, tune, tuple(tune.targets or registry.find("models", run.model.type).lora_targets))
 
 
-def describe(run: Run, world_size: int, spread: bool = False) -> str:
+def describe(run: Run, world_size: int, spread: bool = False, data: tuple[Prompts, Prompts] | None = None) -> str:
     """What a run will be on a number of processes, as text. Raises ConfigError and DataError as the run itself would.
 
-    `spread`: the denoiser's weights are spread over the processes.
+    `spread`: the denoiser's weights are spread over the processes. `data`: the run's prompts, where they have been read.
     """
     from t2irl.estimate import estimate  # which reads folders by what is above
 
     g = Geometry.of(run, world_size)
-    train, heldout = load_prompts(run.data.prompts, "data.prompts"), load_prompts(run.data.heldout, "data.heldout")
+    train, heldout = data or load_both(run.data)
     prompt_ids(0, len(train), run.rollout.prompts, run.seed)  # refuses a file that is too short
     folder = read_folder(run.model.path)
     rows = [*_plan(run, g, folder), ("data", f"{len(train)} prompts to train on, {len(heldout)} held out")]

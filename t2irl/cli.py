@@ -182,7 +182,8 @@ def _dispatch(argv: list[str]) -> int:
 
 def _check(run: Run, processes: int | None, spread: bool) -> None:
     from t2irl.check import describe
-    from t2irl.preflight import check_run_files
+    from t2irl.data import load_both
+    from t2irl.preflight import check_files
 
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     world_size = launched if processes is None else processes
@@ -193,8 +194,9 @@ def _check(run: Run, processes: int | None, spread: bool) -> None:
             raise ConfigError("--spread: one process has nothing to spread weights over; add --processes N")
         spread = spread or sharding.asked()
         sharding.check(run, spread)
-    _say(describe(run, world_size, spread))
-    check_run_files(run)
+    prompts, heldout = data = load_both(run.data)
+    _say(describe(run, world_size, spread, data))
+    check_files(run, prompts.texts, heldout.texts)
 
 
 def _say(text: str) -> None:

@@ -307,25 +307,6 @@ def test_only_the_first_process_prints(
     assert "on 2 processes" in spoken(capsys, "check", str(config))[1]
 
 
-def test_check_counts_parts_where_weights_are_spread(
-    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By its option, or as the launcher that it is started by says; a number of processes of one's own is not the launcher's."""
-    spread = "spread     over 2 processes: each holds 1/2 of the denoiser"
-    full = ("check", str(config), "--policy.tune.type=full")
-    code, out, _ = spoken(capsys, *full, "--processes=2", "--spread")
-    assert code == 0 and spread in out
-    copies = [
-        next(line for line in text.splitlines() if "reference copy" in line) for text in (out, spoken(capsys, *full)[1])
-    ]
-    (part, unit), (whole, other) = (line.split()[-2:] for line in copies)
-    assert unit == other and math.isclose(2 * float(part), float(whole), abs_tol=0.11)
-    for variable, value in {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
-        monkeypatch.setenv(variable, value)
-    assert spoken(capsys, *full)[1] == out
-    assert "spread  " not in spoken(capsys, *full, "--processes=4")[1]
-
-
 def test_help_and_check_load_little(config: Path) -> None:
     """`--help` needs no torch, `check` none of the model libraries; both as a module and in processes of their own."""
     for argv, banned in (
