@@ -18,9 +18,9 @@ Rows = tuple[tuple[str, "int | None"], ...]
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 ACTIVATION_BYTES = {("lora", 4): 56, ("lora", 2): 41, ("full", 4): 99, ("full", 2): 66}
-"""(tuning, bytes of the precision) -> bytes kept for the backward pass per token, channel and layer, as measured on
-SD3Transformer2DModel. With LoRA in bf16 FLUX.1 has 38, FLUX.2 klein 43, Qwen-Image 41; families whose layers keep more, or are no
-transformer's, say so in their `sizes`."""
+"""(tuning, bytes of the precision) -> bytes kept for the backward pass per token, channel and layer of any transformer.
+`scripts/activation_bytes.py` finds 60, 43, 106 and 66 for SD3.5, 58, 37, 90 and 53 for FLUX.1, 56, 40, 100 and 62 for Qwen-Image;
+families whose layers keep more, or are no transformer's, say so in their `sizes`."""
 DRAWING_BYTES = {4: 60, 2: 40}
 """Bytes of the precision -> bytes alive at once without gradient, per token and channel of the widest layer: FLUX.1's, SD3's are fewer."""
 DECODER_TENSORS = 3
