@@ -18,11 +18,14 @@ from t2irl.loading import load_run
 
 
 def main() -> None:
-    """Check each config for one process and print what is estimated."""
+    """Check each config and print what is estimated."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+", type=Path, help=f"of the folders {', '.join(FULL)} under configs/")
     parser.add_argument("--out", type=Path, required=True, help="where folders and prompt files go")
     parser.add_argument("--processes", type=int, default=8, help="of the run, default 8")
+    parser.add_argument(
+        "--spread", action="store_true", help="with the denoiser's weights spread over them, as by FSDP2"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for file in ("train", "heldout"):
@@ -30,7 +33,8 @@ def main() -> None:
     for path in args.configs:
         folder = write_folder(args.out / path.parent.name, path.parent.name)
         data = [f"--data.prompts={args.out / 'train.txt'}", f"--data.heldout={args.out / 'heldout.txt'}"]
-        print(path, describe(load_run([path], [*data, f"--model.path={folder}"]), args.processes), "", sep="\n")
+        run = load_run([path], [*data, f"--model.path={folder}"])
+        print(path, describe(run, args.processes, args.spread), "", sep="\n")
 
 
 if __name__ == "__main__":

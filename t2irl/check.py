@@ -15,7 +15,7 @@ from typing import Any
 
 from t2irl import registry
 from t2irl.config import FixedWindow, Lora, RandomWindow, Run, SlidingWindow
-from t2irl.data import load_prompts, overlap, prompt_ids
+from t2irl.data import Prompts, load_both, overlap, prompt_ids
 from t2irl.errors import ConfigError, DataError
 from t2irl.geometry import Geometry, either
 
@@ -140,19 +140,25 @@ def trained_size(run: Run, folder: Folder) -> int | None:
     return adapter_size(shapes, tune, tuple(tune.targets or registry.find("models", run.model.type).lora_targets))
 
 
-def describe(run: Run, world_size: int) -> str:
-    """What a run will be on a number of processes, as text. Raises ConfigError and DataError as the run itself would."""
+def describe(run: Run, world_size: int, spread: bool = False, data: tuple[Prompts, Prompts] | None = None) -> str:
+    """What a run will be on a number of processes, as text. Raises ConfigError and DataError as the run itself would.
+
+    `spread`: the denoiser's weights are spread over the processes. `data`: the run's prompts, where they have been read.
+    """
     from t2irl.estimate import estimate  # which reads folders by what is above
 
     g = Geometry.of(run, world_size)
-    train, heldout = load_prompts(run.data.prompts, "data.prompts"), load_prompts(run.data.heldout, "data.heldout")
+    train, heldout = data or load_both(run.data)
     prompt_ids(0, len(train), run.rollout.prompts, run.seed)  # refuses a file that is too short
     folder = read_folder(run.model.path)
     rows = [*_plan(run, g, folder), ("data", f"{len(train)} prompts to train on, {len(heldout)} held out")]
     rows += [("", f"note: {note}") for note in (*train.notes, *heldout.notes)]
     if both := overlap(train, heldout):
         rows.append(("", f"warning: {len(both)} held-out prompts are trained on as well, for example {both[0]!r}"))
-    found = estimate(run, g, folder, len(train) + len(heldout))
+    if spread:
+        what = f"each holds 1/{world_size} of the denoiser, trained weights, copies and moments"
+        rows.append(("spread", f"over {world_size} processes: {what}"))
+    found = estimate(run, g, folder, len(train) + len(heldout), spread)
     parts = (*found.device, *found.host, *((f"  {name}", size) for name, size in found.phases))
     width = max(len(name) for name, _ in parts)
     total = f"{human(found.peak)}{'' if found.complete else ' and the unknown parts'}"

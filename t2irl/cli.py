@@ -14,10 +14,13 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from t2irl import __version__
 from t2irl.errors import ConfigError, DataError, Interrupted, UserError
+
+if TYPE_CHECKING:
+    from t2irl.config import Run
 
 OVERRIDES = """\
 Overrides come after the config files: `--rollout.prompts 8` or `--rollout.prompts=8`, any field by its dotted path,
@@ -113,6 +116,11 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     check.add_argument("--processes", type=int, default=None, metavar="N", help="number of processes (default: 1)")
+    check.add_argument(
+        "--spread",
+        action="store_true",
+        help="with the denoiser's weights spread over them, as by configs/accelerate/fsdp2_8.yaml",
+    )
     for command in (train, check):
         command.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="YAML files, merged left to right")
     for name, (_, text) in COMMANDS.items():
@@ -146,7 +154,9 @@ COMMANDS = {
 }
 """Commands with options of their own: the function that takes their words and returns the exit code, and what `--help` says."""
 
-OPTIONS = {"--resume": True, "--processes": True, "--print-config": False, "--help": False, "--version": False}
+OPTIONS = {
+    "--resume": True, "--processes": True, "--spread": False, "--print-config": False, "--help": False, "--version": False,
+}  # fmt: skip
 """What is not an override, and whether it takes a value."""
 
 
@@ -185,12 +195,7 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     run = load_run(arguments.configs, overrides)
     if arguments.command == "check":
-        from t2irl.check import describe
-        from t2irl.preflight import check_run_files
-
-        world_size = arguments.processes
-        _say(describe(run, int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size))
-        check_run_files(run)
+        _check(run, arguments.processes, arguments.spread)
     elif arguments.print_config:
         _say(dump_run(run).rstrip())
     else:
@@ -198,6 +203,25 @@ def _dispatch(argv: list[str]) -> int:
 
         train(run, resume=arguments.resume)
     return 0
+
+
+def _check(run: Run, processes: int | None, spread: bool) -> None:
+    from t2irl.check import describe
+    from t2irl.data import load_both
+    from t2irl.preflight import check_files
+
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launched if processes is None else processes
+    if spread or world_size == launched > 1:
+        from t2irl import sharding
+
+        if world_size == 1:
+            raise ConfigError("--spread: one process has nothing to spread weights over; add --processes N")
+        spread = spread or sharding.asked()
+        sharding.check(run, spread)
+    prompts, heldout = data = load_both(run.data)
+    _say(describe(run, world_size, spread, data))
+    check_files(run, prompts.texts, heldout.texts)
 
 
 def _say(text: str) -> None:

@@ -8,10 +8,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from t2irl.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from t2irl.config import Data
 
 PROMPT_STREAM = 0x70
 """Keeps the permutations of prompts apart from other draws that start from the same seed."""
@@ -51,6 +55,11 @@ def load_prompts(path: Path, key: str) -> Prompts:
     if different < len(texts):
         notes.append(f"{where}: {len(texts)} prompts, {different} different; repeated ones are drawn more often")
     return Prompts(tuple(texts), tuple(notes))
+
+
+def load_both(data: Data) -> tuple[Prompts, Prompts]:
+    """The prompts of a run: to train on, and held out. Raises DataError as `load_prompts` does."""
+    return load_prompts(data.prompts, "data.prompts"), load_prompts(data.heldout, "data.heldout")
 
 
 def _lines(path: Path, where: str) -> list[str]:

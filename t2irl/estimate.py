@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from t2irl import registry
-from t2irl.check import Folder, trained_size
+from t2irl.check import Folder, Shapes, trained_size
 from t2irl.config import Lora, Run
 from t2irl.geometry import Geometry
 
@@ -16,13 +18,15 @@ Rows = tuple[tuple[str, "int | None"], ...]
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 ACTIVATION_BYTES = {("lora", 4): 56, ("lora", 2): 41, ("full", 4): 99, ("full", 2): 66}
-"""(tuning, bytes of the precision) -> bytes kept for the backward pass per token, channel and layer, as measured on
-SD3Transformer2DModel. With LoRA in bf16 FLUX.1 has 38, FLUX.2 klein 43, Qwen-Image 41; families whose layers keep more, or are no
-transformer's, say so in their `sizes`."""
+"""(tuning, bytes of the precision) -> bytes kept for the backward pass per token, channel and layer of any transformer.
+`scripts/activation_bytes.py` finds 60, 43, 106 and 66 for SD3.5, 58, 37, 90 and 53 for FLUX.1, 56, 40, 100 and 62 for Qwen-Image;
+families whose layers keep more, or are no transformer's, say so in their `sizes`."""
 DRAWING_BYTES = {4: 60, 2: 40}
 """Bytes of the precision -> bytes alive at once without gradient, per token and channel of the widest layer: FLUX.1's, SD3's are fewer."""
 DECODER_TENSORS = 3
 """Tensors of full size and the channels of the last but one resolution that an image decoder holds at once."""
+BLOCK = re.compile(r"(.*(?:blocks|layers|refiner|resnets)\.\d+)\.")
+"""The block of a weight, by its name: what `sharding.shard` has gathered in one go."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,12 @@ def sizes(run: Run, folder: Folder) -> Any:
         return None
 
 
-def estimate(run: Run, g: Geometry, folder: Folder, prompts: int) -> Estimate:
-    """Of a run on as many processes as `g` says; `prompts`: how many different ones it will meet."""
+def estimate(run: Run, g: Geometry, folder: Folder, prompts: int, spread: bool = False) -> Estimate:
+    """Of a run on as many processes as `g` says; `prompts`: how many different ones it will meet.
+
+    `spread`: the denoiser, and what is there once more for each of its trained weights, is spread over the processes.
+    """
+    parts = g.world_size if spread else 1
     full = not isinstance(run.policy.tune, Lora)
     precision, resting = BYTES[run.model.precision], getattr(run.model, "offload", "none")
     image, trained = sizes(run, folder), trained_size(run, folder)
@@ -75,9 +83,9 @@ def estimate(run: Run, g: Geometry, folder: Folder, prompts: int) -> Estimate:
     learning = f"{'trained weights' if full else 'adapters'}, gradient, optimiser{', average' if copies == 5 else ''}"
     idle = [part for part, rests in ((text, resting != "none"), (vae, resting == "all")) if rests]
     device = [
-        ("reference copy of the denoiser" if full else "denoiser", _times(denoiser, 4 if full else precision)),
+        ("reference copy of the denoiser" if full else "denoiser", _share(denoiser, 4 if full else precision, parts)),
         *(part for part in (text, vae) if part not in idle),
-        (learning, _times(trained, 4 * copies)),
+        (learning, _share(trained, 4 * copies, parts)),
     ]
     host = [(f"{name}, host memory while idle", size) for name, size in idle]
     at_work = [(f"{name} at work", size) for name, size in idle]
@@ -88,23 +96,56 @@ def estimate(run: Run, g: Geometry, folder: Folder, prompts: int) -> Estimate:
     cached = min(prompts + 1, run.model.text_cache)
     device.append(("stored trajectory", g.images_per_process * states))
     host.append((f"text cache, host memory ({cached} prompts)", cached * image.text * precision))
-    return Estimate(tuple(device), tuple(host), (*_phases(run, g, folder, image, full, precision), *at_work))
+    phases = (*_phases(run, g, folder, image, precision, parts), *at_work)
+    later = sum(size or 0 for name, size in device if name not in (text[0], vae[0]))
+    if parts > 1 and (whole := (denoiser or 0) * precision) > later:  # moments and trajectory are not there yet
+        phases += (("loading the whole denoiser, beyond what is held later", whole - later),)
+    return Estimate(tuple(device), tuple(host), phases)
 
 
-def _phases(run: Run, g: Geometry, folder: Folder, image: Any, full: bool, precision: int) -> Rows:
+def _phases(run: Run, g: Geometry, folder: Folder, image: Any, precision: int, parts: int) -> Rows:
+    full = not isinstance(run.policy.tune, Lora)
     guided = run.rollout.guidance_scale != 1 and getattr(run.rollout.dynamics, "guided", True)
     kept = _kept(run, image, full, precision)
     rows = g.largest_micro_batch * g.window_size * (2 if guided else 1)
-    # Under autocast every trained weight has a copy of the lower precision while it is used.
-    casts = _times(trained_size(run, folder), precision) or 0 if full and precision < 4 else 0
+    updating, drawing = _whole(run, folder, precision, parts)
     drawn = g.largest_rollout_batch * (2 if guided and run.speed.guidance_in_one_call else 1)
     # Compiled, recorded transitions are computed with gradient.
     each = max(kept if run.speed.compile else 0, DRAWING_BYTES[precision] * image.layer)
     return (
-        (f"update, activations of {g.largest_micro_batch} images, rough", rows * kept + casts),
-        (f"drawing {g.largest_rollout_batch} images, rough", drawn * each + casts),
+        (f"update, activations of {g.largest_micro_batch} images, rough", rows * kept + updating),
+        (f"drawing {g.largest_rollout_batch} images, rough", drawn * each + drawing),
         (f"decoding {g.largest_rollout_batch} images, rough", _decoding(run, g, folder, image)),
     )
+
+
+def _whole(run: Run, folder: Folder, precision: int, parts: int) -> tuple[int, int]:
+    """Bytes of weights beside those held: while a micro-batch is learned from, and while pictures are drawn."""
+    full = not isinstance(run.policy.tune, Lora)
+    trained = trained_size(run, folder) or 0
+    if parts == 1:
+        # Under autocast every trained weight has a copy of the lower precision while it is used.
+        casts = trained * precision if full and precision < 4 else 0
+        return casts, casts
+    largest, others = blocks(folder.networks[folder.denoiser].shapes or {})
+    gathered = (2 * largest + others) * precision  # the next block comes while one works
+    summed = largest * (precision + 4) if full else 0  # gradients of a block, and in float32 for their sum
+    aside = -(-trained // parts) * 4  # where other weights take the place of the trained ones, these are put aside
+    swaps = full and bool(run.regularizers)
+    # The divergence of the averaged weights from the reference policy is measured under both.
+    shown = (run.policy.ema is not None) + (full and run.monitors.prompts > 0)
+    return gathered + summed + swaps * aside, gathered + shown * aside
+
+
+def blocks(shapes: Shapes) -> tuple[int, int]:
+    """Number of weights in the largest block of a denoiser, and of those that are in none; both 0 without weights."""
+    sizes: dict[str, int] = {"": 0}
+    for name, shape in shapes.items():
+        found = BLOCK.match(name)
+        block = found[1] if found else ""
+        sizes[block] = sizes.get(block, 0) + math.prod(shape)
+    others = sizes.pop("")
+    return max(sizes.values(), default=0), others
 
 
 def _kept(run: Run, image: Any, full: bool, precision: int) -> int:
@@ -134,3 +175,8 @@ def _decoding(run: Run, g: Geometry, folder: Folder, image: Any) -> int | None:
 
 def _times(count: int | None, size: int) -> int | None:
     return None if count is None else count * size
+
+
+def _share(count: int | None, size: int, parts: int) -> int | None:
+    """Bytes of one of equal parts."""
+    return None if count is None else -(-count // parts) * size

@@ -64,7 +64,7 @@ def draw(ctx: Context, parts: Parts) -> None:
 
 def finish(ctx: Context, parts: Parts) -> None:
     """Export, prove the export, write summary.json and report.html. Main process only; the others wait."""
-    memory = compared(ctx.footprint, parts.geometry, len(parts.prompts) + len(parts.heldout_prompts))
+    memory = compared(ctx.footprint, parts.geometry, len(parts.prompts) + len(parts.heldout_prompts), ctx.sharded)
     if ctx.is_main:
         exported = export(parts.policy, ctx.run, ctx.folder, parts.heldout_prompts[0])
         parts.rewards.export(ctx.folder / "export" / "rewards")

@@ -31,12 +31,12 @@ class Footprint:
         return {"peak": peak_gib(self.device), "before": start, "model": model - start, "rewards": max(rewards - model, 0.0)}  # fmt: skip
 
 
-def compared(footprint: Footprint, g: Geometry, prompts: int) -> dict[str, Any]:
+def compared(footprint: Footprint, g: Geometry, prompts: int, spread: bool) -> dict[str, Any]:
     """The estimate of `t2irl check` beside the peak of every process. Called on all of them.
 
     A process's ratio is what it held at most, without what was there before and without rewards, over the estimate.
     """
-    found = estimate(g.run, g, read_folder(g.run.model.path), prompts)
+    found = estimate(g.run, g, read_folder(g.run.model.path), prompts, spread)
     expected = (found.in_one_memory if footprint.device.type == "cpu" else found.peak) / 2**30
     processes = [
         mine | {"ratio": (mine["peak"] - mine["before"] - mine["rewards"]) / expected}

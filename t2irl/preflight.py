@@ -6,14 +6,6 @@ from collections.abc import Sequence
 
 from t2irl import registry
 from t2irl.config import Run
-from t2irl.data import load_prompts
-
-
-def check_run_files(run: Run) -> None:
-    """`check_files` with the prompts of the run's own files."""
-    check_files(
-        run, load_prompts(run.data.prompts, "data.prompts").texts, load_prompts(run.data.heldout, "data.heldout").texts
-    )
 
 
 def check_files(run: Run, prompts: Sequence[str], heldout: Sequence[str]) -> None:

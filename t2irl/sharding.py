@@ -102,16 +102,6 @@ def check(run: Run, sharded: bool) -> None:
         )
 
 
-def note(sharded: bool) -> str:
-    """What spreading changes of the memory that `check` tells; empty where weights are not spread."""
-    count = distributed.world_size()
-    return (
-        f"\nspread     over {count} processes: each holds 1/{count} of the denoiser, trained weights, copies and moments"
-        if sharded
-        else ""
-    )
-
-
 def refuse(command: str) -> None:
     """Raise ConfigError where the launcher asks for it and `command` does not spread weights."""
     if asked():

@@ -16,7 +16,7 @@ from t2irl.algorithms.base import Algorithm
 from t2irl.batches import micro_batches, updates
 from t2irl.check import describe
 from t2irl.config import Run
-from t2irl.data import images_of, load_prompts, overlap, prompt_ids
+from t2irl.data import images_of, load_both, overlap, prompt_ids
 from t2irl.engines.base import Request, RolloutEngine, draw
 from t2irl.finish import finish, show
 from t2irl.geometry import Geometry
@@ -81,11 +81,9 @@ def build(run: Run, ctx: Context) -> Parts:
     """Load and construct everything; cheap checks come before heavy loading."""
     geometry = Geometry.of(run, distributed.world_size())
     sharding.check(run, ctx.sharded)
-    ctx.say(describe(run, distributed.world_size()) + sharding.note(ctx.sharded) if ctx.is_main else "")
-    prompts, heldout_prompts = (
-        load_prompts(run.data.prompts, "data.prompts"),
-        load_prompts(run.data.heldout, "data.heldout"),
-    )
+    prompts, heldout_prompts = load_both(run.data)
+    if ctx.is_main:
+        ctx.say(describe(run, distributed.world_size(), ctx.sharded, (prompts, heldout_prompts)))
     prompt_ids(0, len(prompts), run.rollout.prompts, run.seed)  # refuses a file that is too short
     if both := overlap(prompts, heldout_prompts):
         ctx.warn(

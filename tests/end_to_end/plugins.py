@@ -27,6 +27,17 @@ class Brightness(Reward):
         return images.mean((1, 2, 3))
 
 
+class Darkness(Brightness):
+    """What training on brightness loses; does not apply to prompts with the word 'sky'."""
+
+    def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
+        """In [0, 1]."""
+        sky = torch.tensor(["sky" in text for text in groups.texts], device=images.device)
+        return (1 - super().score(images, groups)).masked_fill(sky, torch.nan)
+
+    may_skip = True
+
+
 class WholeSet(Reward):
     """Mean of all pictures of a set, of which each process holds a part."""
 

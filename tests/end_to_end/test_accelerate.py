@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.end_to_end.runs import PLUGINS, assert_same_run, call, checkpoints, measured, metrics, saved, train
+from tests.end_to_end.runs import (
+    PLUGINS,
+    assert_same_run,
+    call,
+    checkpoints,
+    measured,
+    metrics,
+    saved,
+    train,
+    two_processes,
+)
 
 pytestmark = pytest.mark.slow
 OPTIONS = (
@@ -17,21 +27,6 @@ OPTIONS = (
     "--evaluation.images=5",
     "--rollout.batch_size=4",
 )
-
-
-def launch(config: Path, *options: str) -> tuple[int, str, str]:
-    """Two processes on the CPU: by torchrun, since without mpirun `accelerate launch --cpu` starts only one."""
-    words = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        "-m",
-        "t2irl",
-        "train",
-        str(config),
-    ]
-    return call(sys.executable, *words, *options, CUDA_VISIBLE_DEVICES="")
 
 
 def test_accelerate_launch_runs_the_module(config: Path, run_dir: Path) -> None:
@@ -53,7 +48,7 @@ def test_accelerate_launch_runs_the_module(config: Path, run_dir: Path) -> None:
 
 def test_two_processes_are_one_run(config: Path, run_dir: Path) -> None:
     """The same weights up to rounding, the same rewards and evaluations, the same work in sum, files written once."""
-    code, out, err = launch(config, *OPTIONS)
+    code, out, err = two_processes(config, *OPTIONS)
     assert code == 0, err
     assert out.count("iteration 2/2") == 1
     assert "2 processes" in out
@@ -81,7 +76,7 @@ def test_two_processes_are_one_run(config: Path, run_dir: Path) -> None:
 def test_two_processes_continue_what_one_began(config: Path, run_dir: Path) -> None:
     """The number of processes may change."""
     assert train(config, *OPTIONS, "--iterations=1") == 0
-    code, out, err = launch(config, *OPTIONS)
+    code, out, err = two_processes(config, *OPTIONS)
     assert code == 0, err
     assert "continuing from iteration 1" in out
     assert [line["iteration"] for line in metrics(run_dir)] == [0, 1, 2]
@@ -96,7 +91,7 @@ def test_two_processes_continue_what_one_began(config: Path, run_dir: Path) -> N
 )
 def test_a_config_error_ends_both(config: Path, run_dir: Path, options: list[str], word: str) -> None:
     """At once, said once, with nothing written."""
-    code, _, err = launch(config, *options, "--update.per_iteration=1")
+    code, _, err = two_processes(config, *options, "--update.per_iteration=1")
     assert code != 0
     assert err.count(word) == 1, err
     assert not run_dir.exists()

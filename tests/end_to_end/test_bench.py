@@ -24,3 +24,13 @@ def test_a_variant_that_does_not_fit_ends_nothing(tmp_path: Path) -> None:
     assert base["work"]["denoiser_backward_images"] == 16 and base["log_ratio_first"] < 1e-4
     assert arms["base again"]["against_base"]["velocity_max"] == 0
     assert 0.5 < max(base["peak_bytes"].values()) / base["estimate"]["peak_bytes"] < 2
+
+
+def test_activations_are_what_the_estimate_says() -> None:
+    """Of FLUX.1 in every tuning and precision, with few tokens, roughly."""
+    code, out, err = call(sys.executable, "scripts/activation_bytes.py", "--family", "flux", "--resolution", "32")
+    assert code == 0, err[-2000:]
+    rows = [line.split() for line in out.splitlines() if line.startswith("flux ")]
+    assert [row[1:3] for row in rows] == [["lora", "fp32"], ["lora", "bf16"], ["full", "fp32"], ["full", "bf16"]]
+    for row in rows:
+        assert 0.7 < float(row[3]) / float(row[-1].rstrip(")")) < 1.3, row

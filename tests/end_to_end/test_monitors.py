@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from t2irl.evaluation import rules
-from tests.end_to_end.runs import assert_same_run, metrics, train
+from tests.end_to_end.runs import PLUGINS, assert_same_run, metrics, train, two_processes
 
 WATCH = ("--heldout_rewards.vivid.type=vividness", "--iterations=3", "--monitors.prompts=2", "--monitors.images=2")
 
@@ -50,3 +50,33 @@ def test_a_rule_ends_the_run_and_the_end_is_final(
     whole = run_dir.with_name("whole")
     assert train(config, *WATCH, f"--run_dir={whole}") == 0
     assert_same_run(run_dir, whole, 3)
+
+
+MONITORED = ("heldout/", "monitor/", "hack/", "diversity/", "policy/kl_reference")
+
+
+@pytest.mark.slow
+def test_two_processes_see_and_say_what_one_does(config: Path, run_dir: Path) -> None:
+    """With odd numbers of pictures, groups across processes and scores that do not apply: every measure and alarm, the end that an
+    alarm makes, and the best checkpoint."""
+    options = (
+        f"--heldout_rewards.dark.type={PLUGINS}:Darkness", "--heldout_rewards.vivid.type=vividness", "--iterations=4",
+        "--evaluation.images=5", "--rollout.batch_size=4", "--monitors.prompts=3", "--monitors.images=3", "--monitors.patience=1",
+        "--monitors.stop=[gap_opens]", "--optimizer.lr=5e-2",
+    )  # fmt: skip
+    code, out, err = two_processes(config, *options)
+    assert code == 0, err
+    assert out.count("stopping early at iteration 2: gap_opens") == 1
+    two = run_dir.rename(run_dir.with_name("two"))
+    assert train(config, *options) == 0
+    assert [line["iteration"] for line in metrics(two)] == [0, 1, 2]
+    for together, alone in zip(metrics(two), metrics(run_dir), strict=True):
+        watched = {name: value for name, value in alone.items() if name.startswith(MONITORED)}
+        assert {"hack/tau/dark", "hack/starc/vivid", "hack/gap/dark", "diversity/ratio"} <= watched.keys()
+        assert {n: together[n] for n in together if n.startswith(MONITORED)} == pytest.approx(
+            watched, rel=1e-3, abs=1e-5
+        )
+    ends = [summary(run) for run in (two, run_dir)]
+    assert [warning.split()[0] for warning in ends[0]["warnings"]] == ["below_base", "off_peak", "gap_opens"]
+    for key in ("warnings", "stopped", "best"):
+        assert ends[0][key] == ends[1][key], key

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from t2irl import cli, registry
+from t2irl import cli, data, registry
 from tests.adversaries import write_references
 from tests.end_to_end.runs import HELDOUT, TRAIN
 
@@ -123,6 +123,15 @@ def test_everything_that_takes_reference_images_is_asked(references: Path, said:
     nothing = {"like": {"type": "dino_similarity"}}
     for message in said(rewards=fine, heldout_rewards=nothing, regularizers={}):
         assert "reward dino_similarity: references is missing; give references: {index: FILE}" in message
+
+
+def test_prompt_files_are_read_once(said: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `check`, and by the start of a run, which is told what it will be from the same prompts."""
+    read, lines = [], data._lines
+    monkeypatch.setattr(data, "_lines", lambda path, where: read.append(path.name) or lines(path, where))
+    for message in said(rewards={"like": {"type": "dino_similarity"}}):
+        assert "references is missing" in message
+    assert read == 2 * ["train.txt", "heldout.txt"]
 
 
 def test_what_is_fine_is_not_looked_into_twice(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from t2irl import sharding
+from t2irl import cli, sharding
 from t2irl.errors import ConfigError
 from t2irl.loading import load_run
 from tests.end_to_end.runs import (
@@ -20,12 +19,12 @@ from tests.end_to_end.runs import (
     ROOT,
     assert_same_run,
     base_config,
-    call,
     checkpoints,
     measured,
     metrics,
     saved,
     train,
+    two_processes,
 )
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -38,8 +37,7 @@ OPTIONS = (
 
 def spread(config: Path, *options: str) -> tuple[int, str, str]:
     """Two processes on the CPU, each with a part of the weights."""
-    words = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "t2irl", "train", str(config))
-    return call(sys.executable, *words, *options, CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    return two_processes(config, *options, **FSDP)
 
 
 def close(run: Path, expected: Path) -> None:
@@ -58,7 +56,7 @@ def close(run: Path, expected: Path) -> None:
     for x, y in zip(measured(run), measured(expected), strict=True):
         assert x.keys() == y.keys()
         for name in y:
-            if name.startswith(("reward/", "heldout/", "monitor/", "advantage/zero")):
+            if name.startswith(("reward/", "heldout/", "monitor/", "hack/", "diversity/", "advantage/zero")):
                 assert x[name] == pytest.approx(y[name], abs=1e-3), name
             elif name in ("policy/grad_norm", "regularizer/kl", "policy/kl_reference"):
                 assert x[name] == pytest.approx(y[name], rel=0.02, abs=1e-6), name
@@ -165,3 +163,22 @@ def test_one_process_has_nothing_to_spread(monkeypatch: pytest.MonkeyPatch, conf
         monkeypatch.setenv(variable, value)
     assert train(config, "--iterations=1", "--resume=never") == 0
     assert_same_run(run_dir, run_dir.with_name("run-2"), 1)
+
+
+def test_check_counts_parts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: Path) -> None:
+    """By its option, or as the launcher that it is started by says; a number of processes of one's own is not the launcher's."""
+
+    def check(*options: str) -> str:
+        assert cli.main(["check", str(config), "--policy.tune.type=full", *options]) == 0
+        return capsys.readouterr().out
+
+    whole, part = check("--processes=2"), check("--processes=2", "--spread")
+    assert "spread     over 2 processes: each holds 1/2 of the denoiser" in part
+    (held, unit), (all_of_it, other) = (
+        next(line for line in text.splitlines() if "reference copy" in line).split()[-2:] for text in (part, whole)
+    )
+    assert unit == other and 2 * float(held) == pytest.approx(float(all_of_it), abs=0.11)
+    for variable, value in {"WORLD_SIZE": "2", **FSDP}.items():
+        monkeypatch.setenv(variable, value)
+    assert check() == part
+    assert "spread  " not in check("--processes=4")

@@ -210,6 +210,11 @@ def test_fields(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "CONFIG", "--resume"], "--resume: expected one argument"),
         (["check", "CONFIG", "--processes", "two"], "invalid int value: 'two'"),
         (["check", "CONFIG", "--processes", "0"], "0 processes"),
+        (["check", "CONFIG", "--spread"], "one process has nothing to spread weights over; add --processes N"),
+        (
+            ["check", "CONFIG", "--spread", "--processes=2", "--speed.compile=true"],
+            "speed.compile = true: blocks whose weights are spread",
+        ),
         (["check", "CONFIG", "--seed"], "override --seed: the value is missing"),
         (["check", "CONFIG", "--seed", "1", "other.yaml"], "unexpected argument 'other.yaml'"),
         (["check", "CONFIG", "--proceses", "2"], "unknown key"),

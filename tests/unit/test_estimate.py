@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Callable
+from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
@@ -12,8 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.full_size.flops import backward_factor, forward_flops, known_peak
 from scripts.full_size.stages import Stages, Tracked
-from t2irl.estimate import Estimate
+from t2irl.check import read_folder
+from t2irl.config import Run
+from t2irl.estimate import Estimate, blocks, estimate
 from t2irl.footprint import Footprint, sentence
+from t2irl.geometry import Geometry
+from t2irl.loading import load_run
+from tests.end_to_end.runs import base_config
+from tests.families import CASES
 
 SD35 = {"num_attention_heads": 24, "attention_head_dim": 64, "num_layers": 24, "dual_attention_layers": range(13)}
 FLUX = {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 19, "num_single_layers": 38}
@@ -89,6 +98,72 @@ def test_tensors_are_counted_until_they_are_freed() -> None:
     del kept, small
     assert tracked.held == 0
     assert set(stages.take()) == {"outer", "inner", "other"}
+
+
+def parts_of(run: Run, folder: Path, processes: int, spread: bool) -> dict[str, int]:
+    """The estimate's rows."""
+    found = estimate(run, Geometry.of(run, processes), read_folder(folder), 12, spread)
+    return {name.split(",")[0]: size or 0 for name, size in (*found.device, *found.phases)}
+
+
+def test_spread_weights_are_counted_by_part(sd3_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Of 4 processes each holds a quarter, and gathers the largest block, the next one and what is in no block."""
+    folder = sd3_folder()
+    shapes = read_folder(folder).networks["transformer"].shapes or {}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    first = sum(size for name, size in sizes.items() if name.startswith("transformer_blocks.0."))
+    others = sum(size for name, size in sizes.items() if not name.startswith("transformer_blocks."))
+    total = sum(sizes.values())
+    assert blocks(shapes) == (first, others)  # the last of the two blocks is smaller
+    config = base_config(tmp_path, folder)
+    full, kl, bf16 = ("--policy.tune={type: full}", "--regularizers.kl.type=kl", "--model.precision=bf16")
+    run = load_run([config], [full, bf16, kl])
+    whole, part = (parts_of(run, folder, 4, spread) for spread in (False, True))
+    quarter = -(-total // 4)
+    assert (
+        whole["reference copy of the denoiser"] == 4 * total and part["reference copy of the denoiser"] == 4 * quarter
+    )
+    assert (whole["trained weights"], part["trained weights"]) == (20 * total, 20 * quarter)
+    gathered = (2 * first + others) * 2
+    casts = 2 * total
+    update, drawing = (part[name] - whole[name] + casts for name in ("update", "drawing 4 images"))
+    assert (
+        update == gathered + first * (2 + 4) + 4 * quarter
+    )  # gradients and their sum; weights put aside for the KL term
+    assert drawing == gathered + 2 * 4 * quarter  # the average, and the reference policy under it
+    assert parts_of(run, folder, 1, True) == parts_of(run, folder, 1, False)
+    plainest = load_run([config], [full, bf16, "--monitors.prompts=0", "--policy.ema=null"])
+    alone = (
+        parts_of(plainest, folder, 4, True)["drawing 4 images"]
+        - parts_of(plainest, folder, 4, False)["drawing 4 images"]
+    )
+    assert alone == gathered - casts
+
+
+def test_loading_may_be_the_peak(sd3_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Each process loads all of what it then keeps a part of; with adapters little comes later."""
+    folder = sd3_folder()
+    run = load_run([base_config(tmp_path, folder)], [])
+    part = parts_of(run, folder, 4, True)
+    later = part["denoiser"] + part["adapters"] + part["stored trajectory"]
+    denoiser = read_folder(folder).networks["transformer"].size or 0
+    assert part["loading the whole denoiser"] == 4 * denoiser - later > 0
+    assert "loading the whole denoiser" not in parts_of(run, folder, 4, False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_by_name_are_what_is_gathered(case: str, tiny_folder: Callable[[str], Path]) -> None:
+    """As the denoiser's own class says where to cut, in every family."""
+    folder = read_folder(tiny_folder(case))
+    network = folder.networks[folder.denoiser]
+    with torch.device("meta"):
+        denoiser = getattr(diffusers, network.config["_class_name"]).from_config(network.config)
+    names, seen, sizes = set(denoiser._no_split_modules), set[int](), []
+    for module in reversed([m for m in denoiser.modules() if type(m).__name__ in names]):
+        own = [p for p in module.parameters() if id(p) not in seen]
+        seen |= {id(p) for p in own}
+        sizes.append(sum(p.numel() for p in own))
+    assert blocks(network.shapes or {})[0] == max(sizes)
 
 
 def test_phases_come_one_at_a_time() -> None:
