@@ -83,9 +83,9 @@ def estimate(run: Run, g: Geometry, folder: Folder, prompts: int, spread: bool =
     learning = f"{'trained weights' if full else 'adapters'}, gradient, optimiser{', average' if copies == 5 else ''}"
     idle = [part for part, rests in ((text, resting != "none"), (vae, resting == "all")) if rests]
     device = [
-        ("reference copy of the denoiser" if full else "denoiser", _share(denoiser, 4 if full else precision, parts)),
+        ("reference copy of the denoiser" if full else "denoiser", _times(denoiser, 4 if full else precision, parts)),
         *(part for part in (text, vae) if part not in idle),
-        (learning, _share(trained, 4 * copies, parts)),
+        (learning, _times(trained, 4 * copies, parts)),
     ]
     host = [(f"{name}, host memory while idle", size) for name, size in idle]
     at_work = [(f"{name} at work", size) for name, size in idle]
@@ -173,10 +173,6 @@ def _decoding(run: Run, g: Geometry, folder: Folder, image: Any) -> int | None:
     return tensors + 2 * 4 * images * image.pixels
 
 
-def _times(count: int | None, size: int) -> int | None:
-    return None if count is None else count * size
-
-
-def _share(count: int | None, size: int, parts: int) -> int | None:
-    """Bytes of one of equal parts."""
+def _times(count: int | None, size: int, parts: int = 1) -> int | None:
+    """Bytes of one of equal parts of so many elements."""
     return None if count is None else -(-count // parts) * size

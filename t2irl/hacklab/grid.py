@@ -75,6 +75,11 @@ class Grid(Strict):
         return entries
 
 
+def run_name(proxy: str, method: str, seed: int) -> str:
+    """What a run of a grid is called, in words, files and folders."""
+    return f"{proxy}/{method}/seed{seed}"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run of a grid."""
@@ -90,7 +95,7 @@ class Cell:
     @property
     def name(self) -> str:
         """proxy/method/seed<k>, which is also its place below the results' folder."""
-        return f"{self.proxy}/{self.method}/seed{self.seed}"
+        return run_name(self.proxy, self.method, self.seed)
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ def expand(
     problems: dict[str, list[str]] = {}
     for proxy, method in ((p, m) for p in grid.proxies for m in grid.methods):
         for seed in grid.seeds:
-            name = f"{proxy}/{method}/seed{seed}"
+            name = run_name(proxy, method, seed)
             matching = [p for p in patterns if fnmatch.fnmatch(name, p) or fnmatch.fnmatch(f"{proxy}/{method}", p)]
             patterns.update(dict.fromkeys(matching, True))
             if matching or (proxy, method, seed) not in picked:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from t2irl.errors import ConfigError
-from t2irl.hacklab.grid import Cell, Grid, settings
+from t2irl.hacklab.grid import Cell, Grid, run_name, settings
 from t2irl.hacklab.results import Record
 from t2irl.hacklab.runner import finished
 from t2irl.preferences.record import first_fault
@@ -43,7 +43,7 @@ class _Run(_Read):
     @property
     def name(self) -> str:
         """As `Cell.name`."""
-        return f"{self.proxy}/{self.method}/seed{self.seed}"
+        return run_name(self.proxy, self.method, self.seed)
 
 
 class _Results(_Read):
