@@ -95,7 +95,7 @@ def test_the_first_of_two_files_gives_a_run(there: Path) -> None:
         (lambda run: run["curves"].pop("gold"), r"runs.1.curves = .*no curve of gold"),
         (lambda run: run["curves"].update(gold=[]), r"runs.1.curves.gold = .*at least 1 item"),
     ],
-    ids=str,
+    ids=("not recorded", "other settings", "no seconds", "no gold", "empty gold"),
 )  # fmt: skip
 def test_a_run_that_is_not_the_same_is_refused(there: Path, change: Any, message: str) -> None:
     other = changed(there, THERE, change)
