@@ -32,15 +32,15 @@ def figure(panels: Mapping[str, Mapping[str, Lines]], methods: Sequence[str]) ->
     parts = [_key(methods, across)]
     for row, (proxy, by_measure) in enumerate(panels.items()):
         top = key_height + row * (PANEL[1] + _HEAD)
-        parts.append(_text(4, top + 15, f"trained on {proxy}", 13, weight=600))
+        parts.append(label(4, top + 15, f"trained on {proxy}", 13, weight=600))
         for column, measure in enumerate(measures):
             if by_measure.get(measure):
                 parts.append(_panel(measure, by_measure[measure], methods, (column * PANEL[0], top + _HEAD)))
-    label = f"curves of {len(methods)} methods on {len(panels)} proxies"
+    title = f"curves of {len(methods)} methods on {len(panels)} proxies"
     return Markup(
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" aria-label="{label}" '
         'font-family="system-ui, sans-serif"><rect width="{w}" height="{h}" fill="#fff"/>{inner}</svg>'
-    ).format(w=f"{width:g}", h=f"{height:g}", label=label, inner=Markup("".join(parts)))
+    ).format(w=f"{width:g}", h=f"{height:g}", label=title, inner=Markup("".join(parts)))
 
 
 def style(method: int) -> str:
@@ -54,7 +54,7 @@ def _key(methods: Sequence[str], across: int) -> str:
     for k, name in enumerate(methods):
         x, y = 4 + k % across * _KEY_WIDTH, 12 + k // across * _KEY_HEIGHT
         parts.append(f'<line x1="{x:g}" x2="{x + 22:g}" y1="{y:g}" y2="{y:g}" stroke-width="2.5" {style(k)}/>')
-        parts.append(_text(x + 28, y + 4, name, 12))
+        parts.append(label(x + 28, y + 4, name, 12))
     return "".join(parts)
 
 
@@ -74,15 +74,15 @@ def _panel(measure: str, lines: Lines, methods: Sequence[str], corner: tuple[flo
     def at(x: float, y: float) -> str:
         return f"{x0 + x / last * (x1 - x0):.1f},{y1 - (y - low) / (high - low) * (y1 - y0):.1f}"
 
-    parts = [_text(x0, corner[1] + 15, measure, 12)]
+    parts = [label(x0, corner[1] + 15, measure, 12)]
     digits = min(3, digits_for(low, high))
     for value in ticks(low, high, 4):
         _, y = at(0, value).split(",")
         parts.append(f'<line x1="{x0:g}" x2="{x1:g}" y1="{y}" y2="{y}" stroke="#dfe3e8"/>')
-        parts.append(_text(x0 - 5, float(y) + 3.5, number(value, digits), 10, anchor="end"))
+        parts.append(label(x0 - 5, float(y) + 3.5, number(value, digits), 10, anchor="end"))
     for value in ticks(0, last, 4):
         x, _ = at(value, low).split(",")
-        parts.append(_text(float(x), y1 + 14, number(value, 3), 10, anchor="middle"))
+        parts.append(label(float(x), y1 + 14, number(value, 3), 10, anchor="middle"))
     ordered = [(methods.index(name), curve) for name, curve in curves.items()]
     for k, curve in ordered:
         if any(p[2] < p[3] for p in curve):
@@ -97,7 +97,8 @@ def _panel(measure: str, lines: Lines, methods: Sequence[str], corner: tuple[flo
     return "".join(parts)
 
 
-def _text(x: float, y: float, text: str, size: int, anchor: str = "start", weight: int = 400) -> str:
+def label(x: float, y: float, text: str, size: int, anchor: str = "start", weight: int = 400) -> str:
+    """Escaped text of an SVG at a place; `anchor` is start, middle or end."""
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" font-weight="{weight}" fill="#3a424d">'
         f"{escape(text)}</text>"

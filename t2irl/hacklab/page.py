@@ -1,4 +1,4 @@
-"""`figure.svg` and `hacklab.html`: one self-contained page on a grid, without a script and without anything fetched."""
+"""`ranking.svg`, `figure.svg` and `hacklab.html`: one self-contained page on a grid, without a script and without anything fetched."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from t2irl.hacklab.figure import COLORS, Lines, figure
 from t2irl.hacklab.grid import Cell, Grid
+from t2irl.hacklab.ranking import ranking
 from t2irl.hacklab.results import ALSO, SHOWN, Record, shown
 from t2irl.utils.tracking import write_atomic
 
@@ -25,10 +25,13 @@ def write_page(
     command: str,
     out: Path,
 ) -> Path:
-    """Write the figure and the page into `out`; returns the page's path. Unfinished runs are drawn as far as they are."""
+    """Write the figures and the page into `out`; returns the page's path. Unfinished runs are drawn as far as they are."""
     methods = list(grid.methods)
     drawn = figure(panels(grid, records), methods)
+    order = ranking(rows, methods) if rows else ""
     write_atomic(out / "figure.svg", f"{drawn}\n".encode())
+    if order:
+        write_atomic(out / "ranking.svg", f"{order}\n".encode())
     files = resources.files("t2irl.hacklab")
     env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env.filters |= {"yaml": lambda v: yaml.safe_dump(v, sort_keys=False, allow_unicode=True, width=110), "shown": shown}
@@ -36,7 +39,8 @@ def write_page(
     page = env.from_string(files.joinpath("hacklab.html.j2").read_text(encoding="utf-8")).render(
         title=grid.title or "Reward hacking laboratory",
         grid=grid,
-        figure=Markup(drawn),
+        figure=drawn,
+        ranking=order,
         rows=rows,
         columns=[*SHOWN, *((f"{name}_final", name) for name in also)],
         colors={method: COLORS[k % len(COLORS)] for k, method in enumerate(methods)},

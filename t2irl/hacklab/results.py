@@ -25,7 +25,7 @@ LEVEL = 0.5
 ALSO = {"kl": "policy/kl_reference", "diversity": "diversity/ratio", "duplicates": "diversity/duplicates"}
 """Metrics of an evaluation besides the held-out means, by their short names."""
 SHOWN = (
-    ("proxy_final", "proxy"), ("gold_final", "gold"), ("gold_peak", "peak gold"), ("gold_drop", "drop from peak"),
+    ("proxy_final", "proxy"), ("gold_final", "gold"), ("gold_gain", "gain on the base model"), ("gold_peak", "peak gold"), ("gold_drop", "drop from peak"),
     ("gold_area", "area under gold"), ("gold_at_level", "gold at equal proxy"),
     ("fit_peak", "fitted peak, sqrt(kl)"),
 )  # fmt: skip
@@ -96,6 +96,7 @@ def measures(record: Record, level: float) -> dict[str, float | None]:
         found |= {f"{name}_base": curve[0][1], f"{name}_final": curve[-1][1]}
     peak = max(value for _, value in record.gold)
     found |= {
+        "gold_gain": record.gold[-1][1] - record.gold[0][1],
         "gold_peak": peak,
         "gold_peak_iteration": next(at for at, value in record.gold if value == peak),
         "gold_drop": peak - record.gold[-1][1],
@@ -170,7 +171,7 @@ def fitted_peak(records: Sequence[Record]) -> float | None:
 def write_results(
     grid: Grid, cells: Sequence[Cell], out: Path, command: str, joined: Mapping[str, Record] = MappingProxyType({})
 ) -> str:
-    """Read all runs, write results.json, table.md, figure.svg and hacklab.html into `out`; returns what to say.
+    """Read all runs, write results.json, table.md, ranking.svg, figure.svg and hacklab.html into `out`; returns what to say.
 
     `joined`: runs that were made elsewhere, by name; they stand for those of `cells`.
     """
