@@ -59,12 +59,13 @@ def _panel(proxy: str, mine: Mapping[str, Row], order: Sequence[str], methods: S
     stats = {method: row["stats"]["gold_gain"] for method, row in mine.items()}
     ends = [s["mean"] + side * (s["std"] or 0) for s in stats.values() for side in (-1, 1)]
     low, high = min(0.0, *ends), max(0.0, *ends)
-    span = high - low or 1.0
+    if low == high:
+        low, high = -1.0, 1.0
     x0, x1 = left + 10, left + _PANEL - _ROOM
     top, bottom = _HEAD, _HEAD + _LINE * len(order)
 
     def at(value: float) -> float:
-        return x0 + (value - low) / span * (x1 - x0)
+        return x0 + (value - low) / (high - low) * (x1 - x0)
 
     parts = [label(x0, 15, f"trained on {proxy}", 13, weight=600)]
     for value in ticks(low, high, 4):
