@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from t2irl.preferences import formats
@@ -58,6 +58,11 @@ def carried(found: list[Record], fields: frozenset[str]) -> Counter[str]:
 @pytest.mark.parametrize("name", formats.names())
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=records())
+@example(
+    drawn=[
+        Record(id=axis, prompt="", image_a="0", image_b="1", axis=axis, label="a", annotator="r") for axis in AXES[:2]
+    ]
+)
 def test_what_a_format_carries_comes_back(name: str, drawn: list[Record], pool: Path) -> None:
     kind = formats.find(name)
     prepared = kind.prepared(with_shas(drawn, pool))
@@ -77,4 +82,7 @@ def test_what_a_format_carries_comes_back(name: str, drawn: list[Record], pool: 
             fields = kind.carries | (
                 {"annotator"} if name not in ("hpdv3", "trl", "diffusion_dpo", "imagerewarddb") else set()
             )
-            assert carried(list(kind.read(again, Path(place) / "last")), fields) == carried(found, fields)
+            # Where the axis is lost, a pair that was judged on several came back as answers to one question, which are now summed up.
+            one_question = "axis" in kind.carries or len({r.axis for r in drawn}) == 1
+            expected = found if one_question else kind.prepared(found)
+            assert carried(list(kind.read(again, Path(place) / "last")), fields) == carried(expected, fields)
