@@ -60,7 +60,8 @@ def carried(found: list[Record], fields: frozenset[str]) -> Counter[str]:
 @given(drawn=records())
 @example(
     drawn=[
-        Record(id=axis, prompt="", image_a="0", image_b="1", axis=axis, label="a", annotator="r") for axis in AXES[:2]
+        Record(id=axis, prompt="", image_a="0", image_b="1", axis=axis, label="a", soft_label=None, annotator="r")
+        for axis in AXES[:2]
     ]
 )
 def test_what_a_format_carries_comes_back(name: str, drawn: list[Record], pool: Path) -> None:
