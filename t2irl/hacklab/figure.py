@@ -37,6 +37,11 @@ def figure(panels: Mapping[str, Mapping[str, Lines]], methods: Sequence[str]) ->
             if by_measure.get(measure):
                 parts.append(_panel(measure, by_measure[measure], methods, (column * PANEL[0], top + _HEAD)))
     title = f"curves of {len(methods)} methods on {len(panels)} proxies"
+    return document(width, height, title, parts)
+
+
+def document(width: float, height: float, title: str, parts: Sequence[str]) -> Markup:
+    """A stand-alone SVG on white of elements that are SVG already; `title` is what a screen reader says."""
     return Markup(
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" aria-label="{label}" '
         'font-family="system-ui, sans-serif"><rect width="{w}" height="{h}" fill="#fff"/>{inner}</svg>'

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from t2irl.evaluation.charts import digits_for, number, ticks
-from t2irl.hacklab.figure import COLORS, label
+from t2irl.hacklab.figure import COLORS, document, label
 
 Row = Mapping[str, Any]
 """A row of `results.table`."""
@@ -47,11 +47,7 @@ def ranking(rows: Sequence[Row], methods: Sequence[str]) -> Markup:
     words = "gold gained on the base model, mean and standard deviation over seeds"
     words += "; *: not on all proxies" if any(len(x) < len(proxies) for x in order.values()) else ""
     parts.append(label(4, bottom + _FOOT + 14, words, 11))
-    height = bottom + _FOOT + 22
-    return Markup(
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" aria-label="{label}" '
-        'font-family="system-ui, sans-serif"><rect width="{w}" height="{h}" fill="#fff"/>{inner}</svg>'
-    ).format(w=f"{width:g}", h=f"{height:g}", label=f"ranking of {len(order)} methods", inner=Markup("".join(parts)))
+    return document(width, bottom + _FOOT + 22, f"ranking of {len(order)} methods", parts)
 
 
 def _panel(proxy: str, mine: Mapping[str, Row], order: Sequence[str], methods: Sequence[str], left: float) -> str:
