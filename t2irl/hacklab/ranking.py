@@ -13,7 +13,7 @@ from t2irl.hacklab.figure import COLORS, document, label
 
 Row = Mapping[str, Any]
 """A row of `results.table`."""
-_NAME, _PANEL, _LINE, _HEAD, _FOOT, _ROOM = 150.0, 250.0, 20.0, 26.0, 24.0, 62.0
+_NAME, _PANEL, _LINE, _HEAD, _FOOT, _ROOM = 150.0, 250.0, 20.0, 26.0, 24.0, 88.0
 
 
 def ranked(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
