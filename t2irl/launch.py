@@ -156,7 +156,8 @@ class Context:
     def begin(self, clock: Clock) -> None:
         """From here on the run folder is written to: what the run is made of, and curves, rewound to where it stands."""
         if self.is_main:
-            write_run_files(self.folder, self.run)
+            for path in write_run_files(self.folder, self.run):
+                self.warn(f"{path} is not what it was when this run began; what comes of it was made with both")
             if self._source not in (None, self.folder) and (self._source / "metrics.jsonl").exists():
                 shutil.copyfile(self._source / "metrics.jsonl", self.folder / "metrics.jsonl")
                 if (self._source / "best").exists():

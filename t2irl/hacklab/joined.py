@@ -14,6 +14,7 @@ from t2irl.hacklab.grid import Cell, Grid, run_name, settings
 from t2irl.hacklab.results import Record
 from t2irl.hacklab.runner import finished
 from t2irl.preferences.record import first_fault
+from t2irl.utils.inputs import input_digests
 
 Points = Annotated[tuple[tuple[float, float], ...], Field(min_length=1)]
 
@@ -32,6 +33,7 @@ class _Run(_Read):
     settings: str | None = None
     seconds: float
     curves: dict[str, Points]
+    inputs: dict[str, str] = {}
 
     @field_validator("curves", mode="after")
     @classmethod
@@ -69,7 +71,9 @@ def join(files: Sequence[Path], grid: Grid, cells: Sequence[Cell], say: Callable
         done = {run.name: run for run in results.runs if run.complete}
         taken = {name: run for name, run in done.items() if name in wanted and name not in found}
         _refuse_others(file, taken, wanted)
-        found |= {n: Record(wanted[n], True, run.curves, run.seconds, run.settings) for n, run in taken.items()}
+        found |= {
+            n: Record(wanted[n], True, run.curves, run.seconds, run.settings, run.inputs) for n, run in taken.items()
+        }
         counts = {
             "unfinished": len(results.runs) - len(done),
             "not in the grid": len(done.keys() - names),
@@ -91,20 +95,25 @@ def _read(file: Path) -> _Results:
 
 
 def _refuse_others(file: Path, taken: Mapping[str, _Run], wanted: Mapping[str, Cell]) -> None:
-    """Raise ConfigError unless all runs were made with what the grid says now."""
-    lines = []
+    """Raise ConfigError unless all runs were made with what the grid says now, and with files as they are now."""
+    odd: dict[str, list[str]] = {}
     for name, run in taken.items():
-        now = settings(wanted[name].run, wanted[name].trained)
+        now, here, lines = settings(wanted[name].run, wanted[name].trained), input_digests(wanted[name].run), []
         if run.settings != now:
             lines.append(f"{name}: settings {run.settings or 'not recorded'}, the grid says {now}")
-    if lines:
+        for path, known in run.inputs.items():
+            if here.get(path, known) != known:
+                lines.append(f"{name}: read {path} with the content {known}, here it is {here[path]}")
+        if lines:
+            odd[name] = lines
+    if odd:
         raise ConfigError(
             "\n".join(
                 [
-                    f"--join {file}: {len(lines)} of its runs were not made with what the grid says now. Give the grid and the "
-                    "overrides that they were made with, or leave the file out. Where the settings are not recorded, write the "
-                    "file anew where the runs are, with --report-only",
-                    *lines,
+                    f"--join {file}: {len(odd)} of its runs were not made with what the grid says now, or with the files that are here. "
+                    "Give the grid, overrides and files that they were made with, or leave the file out. Where the settings are not "
+                    "recorded, write the file anew where the runs are, with --report-only",
+                    *(line for lines in odd.values() for line in lines),
                 ]
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,8 @@ class Record:
     """Time that the run took so far."""
     settings: str | None
     """Digest of what it was started with, see `grid.settings`; None for a config that this version cannot read."""
+    inputs: Mapping[str, str]
+    """Digests of the files that it read, by path (`t2irl.utils.inputs`); empty where they were not recorded."""
 
     @property
     def gold(self) -> Curve:
@@ -71,7 +74,7 @@ def read_record(cell: Cell, grid: Grid) -> Record | None:
         for k, v in row.items()
         if k.startswith("time/") and k not in ("time/iteration_s", "time/score_hidden_s") and v
     )
-    return Record(cell, finished(cell), curves, seconds, _started_with(cell))
+    return Record(cell, finished(cell), curves, seconds, _started_with(cell), _inputs_of(cell))
 
 
 def _started_with(cell: Cell) -> str | None:
@@ -80,6 +83,13 @@ def _started_with(cell: Cell) -> str | None:
         return settings(load_run([cell.run.run_dir / "config.yaml"]), cell.trained)
     except ConfigError:
         return None
+
+
+def _inputs_of(cell: Cell) -> dict[str, str]:
+    try:
+        return json.loads((cell.run.run_dir / "environment.json").read_text(encoding="utf-8")).get("inputs", {})
+    except (OSError, ValueError):
+        return {}
 
 
 def _proxy(row: Mapping[str, float], trained: Mapping[str, float]) -> float | None:
@@ -198,6 +208,7 @@ def _plain(record: Record) -> dict[str, Any]:
     return {
         "proxy": cell.proxy, "method": cell.method, "seed": cell.seed, "complete": record.complete,
         "settings": record.settings, "seconds": round(record.seconds), "curves": _rounded(record.curves),
+        "inputs": {path: known for path, known in record.inputs.items() if not Path(path).is_absolute()},
     }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from t2irl.config import Run
 from t2irl.errors import ConfigError
 from t2irl.utils.files import write_atomic as write_atomic
 from t2irl.utils.files import writing as _writing
+from t2irl.utils.inputs import input_digests
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -168,15 +169,42 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str | int 
     return flat
 
 
-def write_run_files(folder: Path, run: Run) -> None:
-    """Write config.yaml (resolved), environment.json, and this command at the end of command.txt."""
+def write_run_files(folder: Path, run: Run) -> list[str]:
+    """Write config.yaml (resolved), environment.json, and this command at the end of command.txt.
+
+    Returns the files of the settings whose content is another one than when the run in this folder began.
+    """
+    inputs, different = _inputs(folder, run)
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     write_atomic(folder / "config.yaml", text.encode())
-    write_atomic(folder / "environment.json", json.dumps(environment(), indent=2, ensure_ascii=False).encode())
+    write_atomic(
+        folder / "environment.json",
+        json.dumps(environment() | {"inputs": inputs}, indent=2, ensure_ascii=False).encode(),
+    )
     with _writing(folder / "command.txt"), (folder / "command.txt").open("a", encoding="utf-8") as file:
         file.write(command() + "\n")
+    return different
+
+
+def _inputs(folder: Path, run: Run) -> tuple[dict[str, str], list[str]]:
+    """Digests of what a run reads, by path, and the paths that an earlier start in this folder read with another content.
+
+    Those keep both digests: what comes of such a run was made with neither alone.
+    """
+    try:
+        before = json.loads((folder / "environment.json").read_text(encoding="utf-8")).get("inputs", {})
+    except (OSError, ValueError):
+        before = {}
+    inputs, different = input_digests(run), []
+    for path, digest in inputs.items():
+        known = before.get(path, digest)
+        if known.rpartition(" ")[2] != digest:
+            different.append(path)
+            known = f"{known}, then {digest}"
+        inputs[path] = known
+    return inputs, different
 
 
 def command() -> str:

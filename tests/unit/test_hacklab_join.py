@@ -13,6 +13,7 @@ from t2irl.errors import ConfigError
 from t2irl.hacklab.command import hacklab
 from t2irl.hacklab.grid import settings
 from t2irl.loading import dump_run, load_run
+from t2irl.utils.inputs import digest
 from tests.conftest import ROOT
 from tests.unit.test_hacklab import GRID, cells_of, write_run
 
@@ -76,6 +77,17 @@ def test_joined_runs_are_not_run(there: Path, capsys: pytest.CaptureFixture[str]
     assert "1 of 1 runs are there already" in capsys.readouterr().out and not (there.parent / "out" / THERE).exists()
     with pytest.raises(ConfigError, match=r"vivid/kl/seed3: settings \w{12}, the grid says"):
         hacklab(words(there, *part, "--iterations", "21"))
+
+
+def test_runs_made_with_other_files_are_refused(there: Path) -> None:
+    prompts = str(cells_of(there.parent)[0].run.data.prompts)
+    same = changed(there, THERE, lambda run: run.update(inputs={prompts: digest(Path(prompts))}))
+    assert hacklab([*words(same), "--report-only"]) == 0
+    other = changed(there, THERE, lambda run: run.update(inputs={prompts: "0123456789ab", "not/here": "0"}))
+    with pytest.raises(
+        ConfigError, match=rf"{THERE}: read {prompts} with the content 0123456789ab, here it is \w{{12}}"
+    ):
+        hacklab([*words(other), "--report-only"])
 
 
 def test_the_first_of_two_files_gives_a_run(there: Path) -> None:

@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from t2irl.config import Run
 from t2irl.errors import ConfigError, RunError
-from t2irl.utils import tracking
+from t2irl.utils import inputs, tracking
+from t2irl.utils.inputs import digest
 from t2irl.utils.tracking import Tracker, accelerator_arguments, environment, flatten, write_atomic, write_run_files
 
 
@@ -198,6 +199,44 @@ def test_run_files_describe_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (folder / "command.txt").read_text() == "t2irl train 'a b.yaml'\n" * 2
     known = json.loads((folder / "environment.json").read_text())
     assert known["command"] == "t2irl train 'a b.yaml'"
+
+
+def test_files_that_a_run_reads_are_recorded_and_a_change_is_told(tmp_path: Path) -> None:
+    folder, prompts = tmp_path / "run", tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    run = make_run(folder, "tensorboard")
+    run = run.model_copy(update={"data": run.data.model_copy(update={"prompts": prompts})})
+
+    def recorded() -> str:
+        return json.loads((folder / "environment.json").read_text())["inputs"][str(prompts)]
+
+    assert write_run_files(folder, run) == []
+    first = recorded()
+    prompts.write_text("a dog\n")
+    assert write_run_files(folder, run) == [str(prompts)]
+    assert recorded().startswith(f"{first}, then ") and recorded() != f"{first}, then {first}"
+    both = recorded()
+    assert write_run_files(folder, run) == [] and recorded() == both
+
+
+def test_digests_are_of_content_and_leave_cards_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model"
+    (model / "part").mkdir(parents=True)
+    (model / "part" / "a.safetensors").write_bytes(b"0123456789" * 10)
+    first = digest(model)
+    (model / "README.md").write_text("a card")
+    assert digest(model) == first
+    (model / "part" / "b.json").write_text("{}")
+    assert digest(model) != first
+    # Of a large file both ends count.
+    monkeypatch.setattr(inputs, "WHOLE", 50)
+    monkeypatch.setattr(inputs, "PART", 4)
+    file = model / "part" / "a.safetensors"
+    found = [digest(file)]
+    for content in (b"x" + b"0123456789" * 10, b"0123456789" * 9 + b"012345678x"):
+        file.write_bytes(content)
+        found.append(digest(file))
+    assert len(set(found)) == 3
 
 
 def test_environment_names_versions_and_hardware() -> None:
