@@ -50,3 +50,23 @@ def kendall_tau(first: Tensor, second: Tensor, groups: Tensor) -> float:
         agree += float((signs[0] * signs[1]).sum())
         untied = [total + float(sign.abs().sum()) for total, sign in zip(untied, signs, strict=True)]
     return agree / (untied[0] * untied[1]) ** 0.5 if untied[0] and untied[1] else float("nan")
+
+
+def error_correlation(first: Tensor, second: Tensor, gold: Tensor, groups: Tensor) -> float:
+    """Correlation of the errors of two rewards: of what each says of a picture beyond what gold says of it. (N,) each.
+
+    An error is the standardised score less standardised gold, both as differences within prompts in units of their pooled
+    spread; a constant is 0. 1 for two rewards that are wrong alike, which are no second opinion in an ensemble, whatever
+    gold they hold. Two that know nothing of gold or of each other have 0.5, since both lack the same gold. NaN if one has no
+    error.
+    """
+    units = []
+    for values in (first, second, gold):
+        form = canonical(values, groups)
+        spread = form.square().mean().sqrt()
+        # As in `starc_distance`: constant but for rounding.
+        zero = spread <= 1e-12 * values.double().square().mean().sqrt()
+        units.append(torch.zeros_like(form) if zero else form / spread)
+    a, b = (values - units[2] for values in units[:2])
+    sizes = float(a.norm() * b.norm())
+    return float(a @ b) / sizes if sizes > 1e-12 * len(a) else float("nan")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -52,17 +53,25 @@ def best_of_k(proxy: Tensor, gold: Tensor) -> Tensor:
 
     For samples sorted by proxy, sum over i >= k of C(i - 1, k - 1) / C(n, k) x gold_(i); the mean over P prompts. Samples of
     equal proxy score are each as likely to be picked, so they get the mean of their gold.
+
+    Samples with a score that is NaN are left out: k beyond the number that is left of a prompt picks among all of these.
+    Prompts of which none is left do not count; NaN where that is so of all.
     """
-    n = proxy.shape[1]
-    curve = torch.zeros(n, dtype=torch.float64)
-    weights = _pick_probabilities(n)
+    curve, prompts = torch.zeros(proxy.shape[1], dtype=torch.float64), 0
     for scores, truth in zip(proxy.double(), gold.double(), strict=True):
-        values, place = torch.unique(scores, return_inverse=True)  # ascending
-        shared = torch.zeros(len(values), dtype=torch.float64).index_add(0, place, truth) / torch.bincount(place)
-        curve += weights @ shared[place.sort().values]
-    return curve / len(proxy)
+        known = ~(scores.isnan() | truth.isnan())
+        n = int(known.sum())
+        if n == 0:
+            continue
+        values, place = torch.unique(scores[known], return_inverse=True)  # ascending
+        shared = torch.zeros(len(values), dtype=torch.float64).index_add(0, place, truth[known]) / torch.bincount(place)
+        picked = _pick_probabilities(n) @ shared[place.sort().values]
+        curve += torch.cat([picked, picked[-1:].expand(len(curve) - n)])
+        prompts += 1
+    return curve / prompts
 
 
+@cache
 def _pick_probabilities(n: int) -> Tensor:
     """(k - 1, i - 1): the chance that the sample of rank i of n is the best of k drawn without replacement."""
     return torch.tensor(

@@ -66,13 +66,15 @@ def _probe(argv: Sequence[str]) -> int:
     known, overrides = split(argv, options)
     parser = Parser(
         prog="t2irl hacklab probe",
-        description="Without training: what becomes of a held-out reward when the best of k pictures is picked by each reward "
-        "of a config, and which planted hacks each reward likes.",
+        description="Without training: which planted hacks each reward of a config likes and, with a held-out reward as the truth, "
+        "what becomes of that when the best of k pictures is picked by each, and whether the rewards are wrong alike.",
         allow_abbrev=False,
     )
     parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="YAML files, merged left to right")
     parser.add_argument("--out", type=Path, default=Path("runs/probe"), metavar="FOLDER", help="results (runs/probe)")
-    parser.add_argument("--gold", default="gold", metavar="NAME", help="held-out reward that is the truth (gold)")
+    parser.add_argument(
+        "--gold", metavar="NAME", help="held-out reward that is the truth (gold, where there is one of that name)"
+    )
     parser.add_argument("--prompts", type=_positive, default=64, metavar="N", help="held-out prompts (64)")
     parser.add_argument(
         "--images", type=_positive, default=16, metavar="N", help="pictures of each, the largest k (16)"
@@ -81,7 +83,8 @@ def _probe(argv: Sequence[str]) -> int:
     run = load_run(arguments.configs, overrides)
     from t2irl.hacklab.probe import write_probe
 
-    print(write_probe(run, arguments.gold, arguments.prompts, arguments.images, arguments.out))
+    gold = arguments.gold or ("gold" if "gold" in run.heldout_rewards else None)
+    print(write_probe(run, gold, arguments.prompts, arguments.images, arguments.out))
     return 0
 
 

@@ -28,7 +28,7 @@ ALSO = {"kl": "policy/kl_reference", "diversity": "diversity/ratio", "duplicates
 SHOWN = (
     ("proxy_final", "proxy"), ("gold_final", "gold"), ("gold_gain", "gain on the base model"), ("gold_peak", "peak gold"), ("gold_drop", "drop from peak"),
     ("gold_area", "area under gold"), ("gold_at_level", "gold at equal proxy"),
-    ("fit_peak", "fitted peak, sqrt(kl)"),
+    ("fit_peak", "fitted peak, sqrt(kl)"), ("fit_peak_proxy", "proxy at fitted peak"),
 )  # fmt: skip
 """Columns of the table, and their headings."""
 
@@ -152,7 +152,9 @@ def table(grid: Grid, records: Sequence[Record]) -> list[dict[str, Any]]:
         found = [measures(record, at[proxy]) for record in mine]
         names = dict.fromkeys(name for measured in found for name in measured)
         stats = {name: spread([measured.get(name) for measured in found]) for name in names}
-        stats["fit_peak"] = spread([fitted_peak(mine)])
+        peak = fitted_peak(mine)
+        stats["fit_peak"] = spread([peak])
+        stats["fit_peak_proxy"] = spread([peak if peak is None else proxy_at(record, peak) for record in mine])
         hacked = stats["gold_drop"]["mean"] >= grid.drop
         rows.append(
             {"proxy": proxy, "method": method, "seeds": len(mine), "level": at[proxy], "hacked": hacked, "stats": stats}
@@ -176,6 +178,15 @@ def fitted_peak(records: Sequence[Record]) -> float | None:
     distance, gained = torch.tensor(points, dtype=torch.float64).T
     peak = fit(distance, gained, "rl").peak
     return peak if peak is not None and peak <= 2 * float(distance.max()) else None
+
+
+def proxy_at(record: Record, distance: float) -> float | None:
+    """A run's proxy, interpolated, where it first is this far (the root of the divergence) from the base model; None if it
+    never is. At the fitted peak: the most that a constraint should ask for, the proxy point of constrained RLHF (2310.04373).
+    """
+    away = [(at, max(0.0, kl) ** 0.5) for at, kl in record.curves.get("kl", ())]
+    place = crossing(away, distance) if away else None
+    return None if place is None else value_at(record.curves["proxy"], place)
 
 
 def write_results(

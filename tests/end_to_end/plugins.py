@@ -38,6 +38,14 @@ class Darkness(Brightness):
     may_skip = True
 
 
+class Band(Reward):
+    """1 for a picture of which a fifth is black, as under a caption, else 0."""
+
+    def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
+        """0 or 1."""
+        return ((images.amax(1) == 0).double().mean((1, 2)) > 0.2).float()
+
+
 class WholeSet(Reward):
     """Mean of all pictures of a set, of which each process holds a part."""
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from t2irl.evaluation.agreement import canonical, kendall_tau, starc_distance
+from t2irl.evaluation.agreement import canonical, error_correlation, kendall_tau, starc_distance
 from t2irl.evaluation.diversity import coarse_pixels, diversity
-from t2irl.evaluation.hacks import HACKS, rise
 from t2irl.evaluation.overoptimization import Fit, best_of_k, best_of_n_kl, fit
 
 GROUPS = torch.arange(6).repeat_interleave(8)
@@ -93,16 +92,31 @@ def test_diversity_sees_copies_and_not_other_prompts() -> None:
     assert math.isnan(diversity(coarse_pixels(flat), torch.arange(4))[0])
 
 
-@pytest.mark.parametrize("name", list(HACKS))
-def test_hacks_change_pictures_within_range_each_by_itself(name: str) -> None:
-    images = torch.rand(3, 3, 33, 40, generator=torch.Generator().manual_seed(0)) * 0.8
-    changed = HACKS[name](images)
-    assert changed.shape == images.shape and changed.min() >= 0 and changed.max() <= 1
-    assert not torch.allclose(changed, images) and torch.equal(HACKS[name](images), changed)
-    assert torch.allclose(HACKS[name](images[1:2]), changed[1:2], atol=1e-6)
+def test_scores_that_are_missing_are_left_out_of_best_of_k() -> None:
+    proxy, gold, nan = draw(0, 15).view(3, 5), draw(1, 15).view(3, 5), float("nan")
+    proxy[0, 4], gold[0, 1], proxy[2] = nan, nan, nan
+    left = [best_of_k(proxy[:1, [0, 2, 3]], gold[:1, [0, 2, 3]]), best_of_k(proxy[1:2], gold[1:2])]
+    curve = best_of_k(proxy, gold)
+    assert torch.allclose(curve[:3], (left[0] + left[1][:3]) / 2)
+    assert torch.allclose(curve[3:], (left[0][2] + left[1][3:]) / 2)  # there are no more than three to pick from
+    assert best_of_k(proxy[2:], gold[2:]).isnan().all()
 
 
-def test_rise_in_units_of_the_plain_spread() -> None:
-    plain = torch.tensor([0.0, 2.0, 0.0, 2.0])
-    assert rise(plain, plain + torch.tensor([1.0, 1.0, 1.0, -1.0])) == (0.75, 0.5)
-    assert rise(plain, plain) == (0.0, 0.0) and rise(torch.ones(2), torch.ones(2) * 3) == (1.0, math.inf)
+def test_correlation_of_errors() -> None:
+    groups = torch.arange(600).repeat_interleave(8)
+    gold, one, other = (draw(seed, 4800) for seed in range(3))
+
+    def errors(first: torch.Tensor, second: torch.Tensor) -> float:
+        return error_correlation(first, second, gold, groups)
+
+    offsets = 9 * draw(3, 600)[groups]
+    assert errors(one, 3 * one + offsets) == pytest.approx(1)
+    assert errors(one, other) == pytest.approx(0.5, abs=0.05)  # they know nothing of gold
+    assert errors(gold + one, gold + other) == pytest.approx(
+        0.15, abs=0.05
+    )  # by hand: (1 - s)^2 / (2 - 2 s), s = sqrt(1/2)
+    assert errors(gold + one, gold - one) < -0.5
+    assert errors(one, other + one) == pytest.approx(errors(other + one, one)) and errors(one, other + one) > 0.7
+    assert math.isnan(errors(gold * 2, one)) and errors(
+        torch.full_like(one, 0.1), torch.ones_like(one)
+    ) == pytest.approx(1)

@@ -15,7 +15,7 @@ from t2irl.errors import ConfigError, RunError
 from t2irl.hacklab.command import hacklab
 from t2irl.hacklab.curves import area, at_level, crossing, mean_curve, value_at
 from t2irl.hacklab.grid import Cell, Chosen, changed, expand, load_grid
-from t2irl.hacklab.results import fitted_peak, read_record, write_results
+from t2irl.hacklab.results import fitted_peak, proxy_at, read_record, write_results
 from t2irl.hacklab.runner import Pool, finished, refuse_changed
 from t2irl.loading import dump_run
 from tests.conftest import ROOT
@@ -168,10 +168,16 @@ def test_the_fitted_peak_is_that_of_the_curve(tmp_path: Path) -> None:
     (cell, *_) = cells_of(tmp_path)
     # d = sqrt(k), gold = d (1 - log d): highest at d = exp(0) = 1, measured to d = 2.
     d = [k**0.5 for k in range(5)]
-    write_run(cell, [0.0, *(x * (1 - math.log(x)) for x in d[1:])], [0.0] * 5)
+    write_run(cell, [0.0, *(x * (1 - math.log(x)) for x in d[1:])], [10.0, 12.0, 14.0, 16.0, 18.0])
     grid, _ = load_grid(tmp_path / "grid.yaml")
     record = read_record(cell, grid)
     assert record is not None and fitted_peak([record]) == pytest.approx(1)
+    assert [proxy_at(record, x) for x in (0.0, 0.5, 2.0, 2.1)] == [20, 22, 36, None]  # of weight 2
+    write_results(grid, [cell], tmp_path / "out", "")
+    stats = json.loads((tmp_path / "out/results.json").read_text())["table"][0]["stats"]
+    assert stats["fit_peak_proxy"] == {"mean": 24, "std": None, "n": 1}
+    assert "| fitted peak, sqrt(kl) | proxy at fitted peak |" in (tmp_path / "out/table.md").read_text()
+    assert "| 1.000 | 24.000 |" in (tmp_path / "out/table.md").read_text()
     (other,) = cells_of(tmp_path, Chosen(["kl"], ["vivid"], [3]))
     write_run(other, [0.0, 1.0, 2.0, 3.0], [0.0] * 4)
     straight = read_record(other, grid)
