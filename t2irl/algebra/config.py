@@ -267,7 +267,7 @@ class Power(Strict):
 
 
 class Combine(Strict):
-    """The pipeline: transform, bound, gate and penalty, aggregate, (normalise and shape, elsewhere), filter."""
+    """The pipeline: transform, bound, aggregate, gate and penalties, (normalise and shape, elsewhere), filter."""
 
     rewards: dict[str, Head] = {}
     """Settings of single rewards, by their names in `rewards`."""
