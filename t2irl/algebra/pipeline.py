@@ -119,7 +119,7 @@ class Pipeline:
         if self.multipliers is not None:
             total = unclipped = self._constrained(scores, ids, metrics)
         elif self.run.advantage.combine == "advantages":
-            main = self._main(self._heads(scores, ids, metrics))
+            main = self._main(self.transformed(scores, ids, metrics))
             total = unclipped = sum_of(
                 {n: self.weights[n] * normalise(x, ids, self.run.advantage) for n, x in main.items()}
             )
@@ -142,7 +142,7 @@ class Pipeline:
         Arguments and errors as those of `credit`; what was seen on the way is put into `metrics`.
         """
         assert self.combine is not None and self.multipliers is None, "there is no single score"
-        ready = self._heads(scores, ids, metrics)
+        ready = self.transformed(scores, ids, metrics)
         main = self._main(ready)
         total, table = self._gated(main, scores, ids, metrics)
         total = self._penalised(total, ready, metrics)
@@ -163,12 +163,12 @@ class Pipeline:
         refuse_unscored(torch.stack(list(main.values())))
         return main
 
-    def _heads(self, scores: Mapping[str, Tensor], ids: Tensor, metrics: dict[str, float]) -> Scores:
-        """Every reward after its transform and bound."""
+    def transformed(self, scores: Mapping[str, Tensor], ids: Tensor, metrics: dict[str, float]) -> Scores:
+        """Every reward trained on after its transform and bound, (N,) float64."""
         assert self.combine is not None
         ready = {}
         for name in self.names:
-            x, limit, base = self._transformed(name, scores[name], ids), head_of(self.combine, name).bound, None
+            x, limit, base = self._rescaled(name, scores[name], ids), head_of(self.combine, name).bound, None
             if limit is not None:
                 if name in self.base.pooled:
                     # The base model's images are of many prompts, so their transform has the anchor of all.
@@ -182,7 +182,7 @@ class Pipeline:
             ready[name] = x
         return ready
 
-    def _transformed(self, name: str, values: Tensor, lines: Tensor) -> Tensor:
+    def _rescaled(self, name: str, values: Tensor, lines: Tensor) -> Tensor:
         """Scores (n,) of pictures of the prompts `lines` after the reward's transform."""
         how, anchors = transform_of(self.run, name), None
         if isinstance(how, LogSigmoid) and how.per_prompt and how.at is None:
@@ -196,7 +196,7 @@ class Pipeline:
         """
         if isinstance(where, PromptLevel) and where.per_prompt and where.quantile is not None:
             bound = isinstance(where, Clip)
-            change = (lambda x, lines: self._transformed(name, x, lines)) if bound else (lambda x, _: x)
+            change = (lambda x, lines: self._rescaled(name, x, lines)) if bound else (lambda x, _: x)
             return self.base.levels(name, ids, where.quantile, change)
         pooled = self.base.pooled.get(name) if base is None else base
         return torch.full((len(ids),), heads.level(where, pooled), dtype=torch.float64)
@@ -254,7 +254,7 @@ class Pipeline:
     def _constrained(self, scores: Mapping[str, Tensor], ids: Tensor, metrics: dict[str, float]) -> Tensor:
         """Weighted sum of the advantages of the objective and of each constrained reward; then the multipliers move."""
         assert self.combine is not None and self.multipliers is not None
-        main = self._main(self._heads(scores, ids, metrics))
+        main = self._main(self.transformed(scores, ids, metrics))
         duals, advantage = self.multipliers, self.run.advantage
         limits = {n: heads.level(self.combine.rewards[n].constraint, self.base.pooled.get(n)) for n in duals.table}  # type: ignore[arg-type]
         free = {name: self.weights[name] * x for name, x in main.items() if name not in duals.table}
