@@ -127,12 +127,9 @@ def test_pictures_of_the_base_model_are_counted_where_a_reward_that_learns_score
     growing, combine = "{type: 'tests.end_to_end.plugins:Growing'}", "{aggregate: {type: %s}, base_images: 100}"
     rewards, held = f"--rewards={{gold: {{type: shapes}}, more: {growing}}}", "--heldout_rewards={real: {type: shapes}}"
     text = describe(run_of(config, rewards, held, "--combine=" + combine % "wco"), 1)
-    assert [line.split()[-2:] for line in text.splitlines() if "base model's" in line] == [
-        ["1.2", "MiB"]
-    ]  # 100 x 3 x 64 x 64
+    found = [line.split()[-2:] for line in text.splitlines() if "base model's" in line]
+    assert found == [["1.2", "MiB"]]  # 100 x 3 x 64 x 64
     assert "base model's" not in describe(run_of(config, rewards, held, "--combine=" + combine % "sum"), 1)
-    fixed = rewards.replace("Growing", "Brightness")
-    assert "base model's" not in describe(run_of(config, fixed, held, "--combine=" + combine % "wco"), 1)
 
 
 def test_full_tuning_and_options_change_the_estimate(config: Path) -> None:
