@@ -155,6 +155,9 @@ def describe(run: Run, world_size: int, spread: bool = False, data: tuple[Prompt
     rows += [("", f"note: {note}") for note in (*train.notes, *heldout.notes)]
     if both := overlap(train, heldout):
         rows.append(("", f"warning: {len(both)} held-out prompts are trained on as well, for example {both[0]!r}"))
+    if not run.heldout_rewards:
+        what = "what pleases the rewards and nothing else stays unseen; name a reward that is never trained on"
+        rows.append(("", f"warning: heldout_rewards is empty: {what}"))
     if spread:
         what = f"each holds 1/{world_size} of the denoiser, trained weights, copies and moments"
         rows.append(("spread", f"over {world_size} processes: {what}"))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from t2irl import registry
+from t2irl.algebra.rules import needs_pooled
 from t2irl.check import Folder, Shapes, trained_size
 from t2irl.config import Lora, Run
 from t2irl.geometry import Geometry
@@ -96,6 +97,11 @@ def estimate(run: Run, g: Geometry, folder: Folder, prompts: int, spread: bool =
     cached = min(prompts + 1, run.model.text_cache)
     device.append(("stored trajectory", g.images_per_process * states))
     host.append((f"text cache, host memory ({cached} prompts)", cached * image.text * precision))
+    learning = [
+        n for n in needs_pooled(run) if registry.find("rewards", run.rewards[n].type).would_learn(run.rewards[n])
+    ]
+    if run.combine and learning:
+        host.append(("base model's pictures, host memory", run.combine.base_images * image.pixels))
     phases = (*_phases(run, g, folder, image, precision, parts), *at_work)
     later = sum(size or 0 for name, size in device if name not in (text[0], vae[0]))
     if parts > 1 and (whole := (denoiser or 0) * precision) > later:  # moments and trajectory are not there yet

@@ -183,6 +183,11 @@ class Learner:
     def _seeds(self, batch: Batch, stream: str) -> list[int]:
         return [noise_seed(self.seed, f"adversary {stream}", *key) for key in batch.keys]
 
+    @property
+    def steps(self) -> int:
+        """Optimiser steps so far, those before a resume included."""
+        return max((int(state["step"]) for state in self.adamw.state.values()), default=0)
+
     def state_dict(self) -> dict[str, Any]:
         """Trained parameters and the optimiser's moments."""
         return {

@@ -145,10 +145,15 @@ class AdversarialReward(ReferenceReward):
         """Unless it is frozen."""
         return config.frozen is None
 
-    @property
-    def learns(self) -> bool:
+    @classmethod
+    def would_learn(cls, config: Any) -> bool:
         """Unless it is frozen."""
-        return self.config.frozen is None
+        return config.frozen is None
+
+    @property
+    def version(self) -> int:
+        """Optimiser steps so far."""
+        return self.learner.steps if self.learns else 0
 
     def prepare(self, prompts: Sequence[str], family: ModelFamily) -> None:
         """Look up the reference images of the prompts trained on."""

@@ -7,27 +7,18 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
+from t2irl.algebra.config_gates import (
+    Disagreement,
+    HardGate,
+    HingeGate,
+    Level,
+    Penalty,
+    ProductGate,
+    PromptLevel,
+    Quantile,
+    RampGate,
+)
 from t2irl.strict import Strict
-
-Quantile = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Level(Strict):
-    """A place on a reward's scale. Exactly one of `at` and `quantile`."""
-
-    at: float | None = None
-    """A number, in the unit of the score."""
-    quantile: Quantile | None = None
-    """That quantile of the base model's scores, instead of a number."""
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Level:
-        if (self.at is None) == (self.quantile is None):
-            given = "neither" if self.at is None else "both"
-            raise PydanticCustomError(
-                "level", "Give either `at` (a score) or `quantile` (of the base model's scores); {given} is there", {"given": given}
-            )  # fmt: skip
-        return self
 
 
 # ---------------------------------------------------------------------------------------------------------- transforms
@@ -106,7 +97,7 @@ Transform = Annotated[
 
 
 # -------------------------------------------------------------------------------------------------------------- bounds
-class Clip(Level):
+class Clip(PromptLevel):
     """min(score, level): what is above earns nothing more. Applied after the transform, in its unit."""
 
     type: Literal["clip"] = "clip"
@@ -145,47 +136,6 @@ class Head(Strict):
     """What limits it, after the transform."""
     constraint: Limit | None = None
     """What its mean must satisfy, with `aggregate: {type: constraints}`."""
-
-
-# ----------------------------------------------------------------------------------------------------- gates, penalties
-class HardGate(Level):
-    """All other rewards count only for images whose `reward` is above the level."""
-
-    type: Literal["hard"] = "hard"
-    reward: str
-    """Name of the reward that must be passed; the level is in the unit of its score."""
-
-
-class RampGate(Level):
-    """All other rewards are multiplied by sigmoid((score - level) / width) of `reward`: a gate without a cliff."""
-
-    type: Literal["ramp"] = "ramp"
-    reward: str
-    """Name of the reward that must be passed; the level is in the unit of its score."""
-    width: PositiveFloat
-    """Score difference over which the gate opens."""
-
-
-class ProductGate(Strict):
-    """reward x (1 + strength x weighted sum of the others, standardised): the others act through `reward` alone, which must be
-    at least 0."""
-
-    type: Literal["product"] = "product"
-    reward: str
-    """Name of the primary reward."""
-    strength: PositiveFloat = 0.5
-    """What one standard deviation of the others is worth, as a share of the primary reward."""
-
-
-class Penalty(Strict):
-    """Rewards in [0, 1] that multiply all others, each to the power of its weight. The others must be at least 0."""
-
-    rewards: tuple[str, ...] = Field(min_length=1)
-    """Names of the rewards that are factors."""
-    violation_below: float | None = Field(default=None, gt=0, le=1)
-    """A factor below this is a violation, which costs `violation_cost`; null: there are none."""
-    violation_cost: PositiveFloat = 1.0
-    """Subtracted from the score of an image with a violation."""
 
 
 # ---------------------------------------------------------------------------------------------------------- aggregation
@@ -317,18 +267,21 @@ class Power(Strict):
 
 
 class Combine(Strict):
-    """The pipeline: transform, bound, gate and penalty, aggregate, (normalise and shape, elsewhere), filter."""
+    """The pipeline: transform, bound, aggregate, gate and penalties, (normalise and shape, elsewhere), filter."""
 
     rewards: dict[str, Head] = {}
     """Settings of single rewards, by their names in `rewards`."""
-    gate: Annotated[HardGate | RampGate | ProductGate, Field(discriminator="type")] | None = None
+    gate: Annotated[HardGate | RampGate | ProductGate | HingeGate, Field(discriminator="type")] | None = None
     """A reward without which the others do not count."""
     penalty: Penalty | None = None
     """Rewards that multiply all others."""
     aggregate: Aggregate = Sum()
     """How the rewards of an image become one number."""
+    disagreement: Disagreement | None = None
+    """What images cost on which the members of an ensemble disagree."""
     filter: Annotated[Best | BestRandom | BestWorst | Power, Field(discriminator="type")] | None = None
     """Which images of a group are trained on; advantages come from the whole group."""
     base_images: int = Field(default=256, ge=2)
     """Images of the base model whose scores give means, deviations and quantiles, over all processes; drawn before the first
-    iteration, as in the rollout, and only if something needs them."""
+    iteration, as in the rollout, and only if something needs them. A reward that learns scores the same ones again, each time that it
+    has changed."""

@@ -87,6 +87,11 @@ class Multipliers:
             if self.config.multipliers == "free" and m.sense != "equal":
                 m.value = max(m.value, 0.0)
 
+    def forget(self, name: str) -> None:
+        """Begin the running mean of a reward anew, if it has a constraint: its scores are on another scale now."""
+        if name in self.table:
+            self.table[name].mean = self.table[name].weight = 0.0
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that moves."""
         moving = ("value", "velocity", "mean", "weight")

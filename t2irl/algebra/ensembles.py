@@ -46,6 +46,19 @@ def variance(table: Tensor, ddof: int = 0) -> Tensor:
     return squares / (applies.sum(0) - ddof).clamp_min(1)
 
 
+def disagreement(table: Tensor, measure: str = "std") -> Tensor:
+    """How far apart each image's rewards are, (N,) >= 0, by a measure of `Disagreement`; 0 for a single one."""
+    if measure in ("std", "variance"):
+        found = variance(table)
+        return found if measure == "variance" else found.sqrt()
+    if measure == "max_pairwise":
+        return table.nan_to_num(-torch.inf).amax(0) - table.nan_to_num(torch.inf).amin(0)
+    assert measure == "leave_one_out", measure
+    count = (~table.isnan()).sum(0).double()
+    # n_k - mean of the others = K / (K - 1) (n_k - mean of all)
+    return (table - table.nanmean(0)).abs().nan_to_num(0.0).amax(0) * count / (count - 1).clamp_min(1)
+
+
 def softmin(table: Tensor, temperature: float) -> Tensor:
     """sum_k softmax(-n / T)_k n_k (PURE, arXiv 2504.15275): the mean for large T, the minimum for small."""
     weights = (-table / temperature).nan_to_num(-torch.inf).softmax(0)
@@ -81,8 +94,3 @@ def win_rate(table: Tensor, weights: Tensor, groups: Tensor, temperature: float)
         beats = beats.where(total > 0, 0.5).fill_diagonal_(0.0)
         found[rows] = beats.sum(1) / (len(rows) - 1)
     return found
-
-
-def disagreement(table: Tensor) -> Tensor:
-    """Standard deviation (population) over the rewards of each image, (N,)."""
-    return variance(table).sqrt()

@@ -10,15 +10,20 @@ from torch import Tensor
 from t2irl.errors import RunError
 
 
-def hard_gate(primary: Tensor, threshold: float) -> Tensor:
+def hard_gate(primary: Tensor, threshold: float | Tensor) -> Tensor:
     """1[r > threshold], (N,): what other rewards are multiplied by (G-RA). An image that the primary reward does not apply to
     passes."""
     return ((primary > threshold) | primary.isnan()).double()
 
 
-def ramp_gate(primary: Tensor, threshold: float, width: float) -> Tensor:
+def ramp_gate(primary: Tensor, threshold: float | Tensor, width: float) -> Tensor:
     """sigmoid((r - threshold) / width) in (0, 1); 1 where the primary reward does not apply."""
     return ((primary - threshold) / width).sigmoid().nan_to_num(1.0)
+
+
+def shortfall(primary: Tensor, threshold: float | Tensor) -> Tensor:
+    """max(0, threshold - r), (N,): what a hinge charges for; 0 where the primary reward does not apply."""
+    return (threshold - primary).clamp_min(0).nan_to_num(0.0)
 
 
 def product(primary: Tensor, others: Tensor, strength: float) -> Tensor:

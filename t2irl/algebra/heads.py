@@ -75,16 +75,7 @@ def centred_sigmoid(scores: Tensor, base: Tensor, temperature: float = 1.0) -> T
     return ((scores[:, None] - base[None]) / temperature).sigmoid().mean(1)
 
 
-def bound(how: c.Clip | c.Tiers | None, scores: Tensor, base: Tensor | None) -> Tensor:
-    """`scores` with a limit. `base`: the base model's scores, after the same transform."""
-    if how is None:
-        return scores
-    if isinstance(how, c.Clip):
-        return clip(scores, level(how, base))
-    return tiers(scores, quantiles(base, list(how.quantiles)))
-
-
-def clip(scores: Tensor, threshold: float) -> Tensor:
+def clip(scores: Tensor, threshold: float | Tensor) -> Tensor:
     """min(r, threshold): the Clip of "On Designing Effective RL Reward" (arXiv 2410.15115), min(r - threshold, 0), up to a
     constant, which a group's baseline takes away and which would turn a factor below 1 into a reward."""
     return scores.clamp_max(threshold)

@@ -12,12 +12,22 @@ from torch import Tensor
 from t2irl.advantages import constant_groups, group_advantages, normalise, refuse_unscored
 from t2irl.algebra import heads
 from t2irl.algebra.base import BaseScores
-from t2irl.algebra.config import Constraints, HardGate, LogSigmoid, ProductGate, Sum, Tiers, WinRate
+from t2irl.algebra.config import Clip, Constraints, LogSigmoid, Sum, Tiers, WinRate
+from t2irl.algebra.config_gates import HardGate, HingeGate, Level, ProductGate, PromptLevel
 from t2irl.algebra.constraints import Multipliers, senses_of
 from t2irl.algebra.ensembles import aggregate, disagreement
 from t2irl.algebra.filters import filter_factors
-from t2irl.algebra.gates import check_range, hard_gate, penalised, product, ramp_gate, violations
-from t2irl.algebra.rules import head_of, main_rewards, needs_base, transform_of
+from t2irl.algebra.gates import check_range, hard_gate, penalised, product, ramp_gate, shortfall, violations
+from t2irl.algebra.rules import (
+    aggregated,
+    head_of,
+    main_rewards,
+    needs_base,
+    needs_own,
+    needs_pooled,
+    only_gates,
+    transform_of,
+)
 from t2irl.config import Run
 from t2irl.data import prompt_ids
 from t2irl.errors import ConfigError, RunError
@@ -50,15 +60,15 @@ class Pipeline:
     """Turns gathered scores into advantages. Without a `combine` section this is `group_advantages`, and there is no state."""
 
     def __init__(self, run: Run, rewards: RewardSet):
-        """Raises ConfigError for a reward that learns where scores of the base model would be its scale."""
+        """Raises ConfigError where scores of the base model would be the scale of a reward that changes without saying so."""
         self.run, self.combine, self.weights = run, run.combine, rewards.weights
         self.names = [name for name, weight in self.weights.items() if weight != 0]
-        self.base, self.needed = BaseScores(), needs_base(run)
+        self.base, self.needed, self.pooled, self.own = BaseScores(), needs_base(run), needs_pooled(run), needs_own(run)
         for name in self.needed:
-            if rewards.rewards[name].learns:
+            if rewards.rewards[name].version is None:
                 raise ConfigError(
-                    f"rewards.{name} learns, so that scores of the base model's images would soon be of another scale; use `at` "
-                    "instead of quantiles, and combine.aggregate: {type: sum} or {type: win_rate, temperature: 0}"
+                    f"rewards.{name} learns without a `version`, so that scores of the base model's images would soon be of another "
+                    "scale; use `at` instead of quantiles, and combine.aggregate: {type: sum} or {type: win_rate, temperature: 0}"
                 )
         how = None if self.combine is None else self.combine.aggregate
         self.multipliers = None
@@ -67,33 +77,34 @@ class Pipeline:
 
     # ------------------------------------------------------------------------------------------------ base-model scores
     def meet(self, ctx: Context, parts: Parts) -> None:
-        """Measure the base model where this iteration needs it: once for all, and for prompts with anchors of their own."""
-        own = {name: how for name in self.needed if (how := self._own_anchor(name)) is not None}
-        pooled = [name for name in self.needed if name not in own or self._quantile_elsewhere(name)]
-        known = all(name in self.base.pooled for name in pooled)
-        ids = prompt_ids(parts.clock.iteration, len(parts.prompts), self.run.rollout.prompts, self.run.seed).tolist()
-        if known and (not own or all(line in self.base.by_prompt for line in ids)):
+        """Measure the base model where this iteration needs it: once for all, for prompts with levels of their own, and again by
+        rewards that have changed since."""
+        if self.combine is None:
             return
-        assert self.combine is not None
+        self._forget_changed(parts.rewards)
+        pooled = [name for name in self.pooled if name not in self.base.pooled]
+        ids = prompt_ids(parts.clock.iteration, len(parts.prompts), self.run.rollout.prompts, self.run.seed).tolist()
+        if not pooled and not any(self.base.unmet(list(self.own), line) for line in ids):
+            return
         with ctx.timed("base", 1):
-            if not known:
+            if pooled:
                 self.base.measure(parts, pooled, self.combine.base_images)
-            if own:
-                self.base.meet(parts, list(own), ids, max(how.per_prompt for how in own.values()))
+            if self.own:
+                self.base.meet(parts, list(self.own), ids, max(self.own.values()))
         for name in pooled:
             heads.check_base(name, transform_of(self.run, name), self.base.pooled[name])
 
-    def _own_anchor(self, name: str) -> LogSigmoid | None:
-        how = transform_of(self.run, name)
-        return how if isinstance(how, LogSigmoid) and how.per_prompt and how.at is None else None
-
-    def _quantile_elsewhere(self, name: str) -> bool:
-        """Whether a reward with anchors of its own needs scores of many prompts besides."""
-        assert self.combine is not None
-        head, gate = head_of(self.combine, name), self.combine.gate
-        levels = [head.bound, head.constraint, gate if gate and gate.reward == name else None]
-        scaled = getattr(head.transform, "unit", None) == "deviation"
-        return scaled or any(getattr(x, "quantile", None) is not None or hasattr(x, "quantiles") for x in levels)
+    def _forget_changed(self, rewards: RewardSet) -> None:
+        """Drop what was measured by earlier versions of rewards, running means of constraints included."""
+        for name in self.names:
+            version = rewards.rewards[name].version
+            if version is None:
+                continue
+            if self.base.versions.get(name, version) != version:
+                self.base.forget(name)
+                if self.multipliers is not None:
+                    self.multipliers.forget(name)
+            self.base.versions[name] = version
 
     # ------------------------------------------------------------------------------------------------------- the stages
     def credit(self, scores: Mapping[str, Tensor], ids: Tensor) -> Credit:
@@ -104,19 +115,16 @@ class Pipeline:
         """
         if self.combine is None:
             return Credit(group_advantages(scores, self.weights, ids, self.run.advantage))
-        raw = {name: scores[name].double() for name in self.names}
-        ready, metrics = self._heads(raw, ids)
-        main = {name: ready[name] for name in main_rewards(self.run)}
-        refuse_unscored(torch.stack(list(main.values())))
-        main = self._gated(main, raw, metrics)
+        metrics: dict[str, float] = {}
         if self.multipliers is not None:
-            total = unclipped = self._constrained(main, raw, ids, metrics)
+            total = unclipped = self._constrained(scores, ids, metrics)
         elif self.run.advantage.combine == "advantages":
+            main = self._main(self.transformed(scores, ids, metrics))
             total = unclipped = sum_of(
                 {n: self.weights[n] * normalise(x, ids, self.run.advantage) for n, x in main.items()}
             )
         else:
-            total = self._penalised(self._aggregated(main, ids, metrics), ready, metrics)
+            total = self.total(scores, ids, metrics)
             unclipped = normalise(total, ids, self.run.advantage)
         factors = None
         if self.combine.filter is not None:
@@ -128,64 +136,105 @@ class Pipeline:
         )
         return Credit(unclipped.clamp(-self.run.advantage.clip, self.run.advantage.clip), factors, metrics)
 
-    def _heads(self, raw: Scores, ids: Tensor) -> tuple[Scores, dict[str, float]]:
-        """Every reward after its transform and bound."""
+    def total(self, scores: Mapping[str, Tensor], ids: Tensor, metrics: dict[str, float]) -> Tensor:
+        """The one score of each image, (N,) float64, before it is normalised; not defined with constraints.
+
+        Arguments and errors as those of `credit`; what was seen on the way is put into `metrics`.
+        """
+        assert self.combine is not None and self.multipliers is None, "there is no single score"
+        ready = self.transformed(scores, ids, metrics)
+        main = self._main(ready)
+        total, table = self._gated(main, scores, ids, metrics)
+        total = self._penalised(total, ready, metrics)
+        gate, apart = self.combine.gate, self.combine.disagreement
+        if isinstance(gate, HingeGate):
+            missing = shortfall(scores[gate.reward].double(), self._level(gate, gate.reward, ids))
+            metrics["combine/gate_open"] = float((missing == 0).double().mean())
+            total = total - self.weights[gate.reward] * missing
+        if apart is not None:
+            cost = apart.cost * (disagreement(table, apart.measure) - apart.tolerance).clamp_min(0)
+            metrics["combine/disagreement_cost"] = float(cost.mean())
+            total = total - cost
+        return total
+
+    def _main(self, ready: Scores) -> Scores:
+        """Those that the score is made of, some of which apply to every image."""
+        main = {name: ready[name] for name in main_rewards(self.run)}
+        refuse_unscored(torch.stack(list(main.values())))
+        return main
+
+    def transformed(self, scores: Mapping[str, Tensor], ids: Tensor, metrics: dict[str, float]) -> Scores:
+        """Every reward trained on after its transform and bound, (N,) float64."""
         assert self.combine is not None
-        ready, metrics = {}, {}
-        for name, values in raw.items():
-            how, limit, base = (
-                transform_of(self.run, name),
-                head_of(self.combine, name).bound,
-                self.base.pooled.get(name),
-            )
-            own = self._own_anchor(name)
-            anchors = self.base.anchors(name, ids, own.quantile) if own else None
-            x = heads.transform(how, values, base, anchors)
+        ready = {}
+        for name in self.names:
+            x, limit, base = self._rescaled(name, scores[name], ids), head_of(self.combine, name).bound, None
             if limit is not None:
-                # The base model's images are of many prompts, so their transform has the anchor of all.
-                below = None if base is None else heads.transform(how, base, base)
-                x = heads.bound(limit, x, below)
-                top = 1.0 if isinstance(limit, Tiers) else heads.level(limit, below)
-                metrics[f"reward/{name}/at_bound"] = float((x[~x.isnan()] >= top).double().mean())
+                if name in self.base.pooled:
+                    # The base model's images are of many prompts, so their transform has the anchor of all.
+                    base = heads.transform(transform_of(self.run, name), self.base.pooled[name], self.base.pooled[name])
+                if isinstance(limit, Tiers):
+                    x, top = heads.tiers(x, heads.quantiles(base, list(limit.quantiles))), 1.0
+                else:
+                    top = self._level(limit, name, ids, base).nan_to_num(torch.inf)
+                    x = heads.clip(x, top)
+                metrics[f"reward/{name}/at_bound"] = float((x >= top)[~x.isnan()].double().mean())
             ready[name] = x
-        return ready, metrics
+        return ready
 
-    def _gated(self, main: Scores, raw: Scores, metrics: dict[str, float]) -> Scores:
-        assert self.combine is not None
-        gate = self.combine.gate
-        if gate is None:
-            return main
-        others = {name: x for name, x in main.items() if name != gate.reward}
-        where = f"combine.gate.type = {gate.type} multiplies it by a factor below 1, so"
-        remedy = (f"combine.rewards.{name}.transform: {{type: unit}}" for name in others)
-        if isinstance(gate, ProductGate):
-            check_range(
-                gate.reward,
-                main[gate.reward],
-                0,
-                torch.inf,
-                where,
-                [f"combine.rewards.{gate.reward}.transform: {{type: unit}}"],
-            )
-            side = sum_of({name: self.weights[name] * x for name, x in others.items()})
-            return {gate.reward: product(main[gate.reward], side, gate.strength)}
-        for (name, values), way in zip(others.items(), remedy, strict=True):
-            check_range(name, values, 0, torch.inf, where, [way])
-        threshold = heads.level(gate, self.base.pooled.get(gate.reward))
-        primary = raw[gate.reward]
-        open_ = (
-            hard_gate(primary, threshold) if isinstance(gate, HardGate) else ramp_gate(primary, threshold, gate.width)
-        )
-        metrics["combine/gate_open"] = float(open_.mean())
-        return {gate.reward: main[gate.reward], **{name: x * open_ for name, x in others.items()}}
+    def _rescaled(self, name: str, values: Tensor, lines: Tensor) -> Tensor:
+        """Scores (n,) of pictures of the prompts `lines` after the reward's transform."""
+        how, anchors = transform_of(self.run, name), None
+        if isinstance(how, LogSigmoid) and how.per_prompt and how.at is None:
+            anchors = self.base.anchors(name, lines, how.quantile)
+        return heads.transform(how, values, self.base.pooled.get(name), anchors)
 
-    def _aggregated(self, main: Scores, ids: Tensor, metrics: dict[str, float]) -> Tensor:
+    def _level(self, where: Level, name: str, ids: Tensor, base: Tensor | None = None) -> Tensor:
+        """The level for each image, (N,): on the scale after the transform if it is a bound's, else of the score.
+
+        `base`: pooled scores on that scale. NaN where a level of the prompt's own has nothing to be taken from.
+        """
+        if isinstance(where, PromptLevel) and where.per_prompt and where.quantile is not None:
+            bound = isinstance(where, Clip)
+            change = (lambda x, lines: self._rescaled(name, x, lines)) if bound else (lambda x, _: x)
+            return self.base.levels(name, ids, where.quantile, change)
+        pooled = self.base.pooled.get(name) if base is None else base
+        return torch.full((len(ids),), heads.level(where, pooled), dtype=torch.float64)
+
+    def _gated(
+        self, main: Scores, scores: Mapping[str, Tensor], ids: Tensor, metrics: dict[str, float]
+    ) -> tuple[Tensor, Tensor]:
+        """The rewards that are aggregated, made one and behind the gate, (N,); and the table of them (K, N)."""
         assert self.combine is not None
-        how, table = self.combine.aggregate, torch.stack(list(main.values()))
-        weights = torch.tensor([self.weights[name] for name in main], dtype=torch.float64)
+        gate, how = self.combine.gate, self.combine.aggregate
+        others = {name: main[name] for name in aggregated(self.run)}
+        table = torch.stack(list(others.values()))
         if not isinstance(how, Sum | WinRate):
             metrics["combine/disagreement"] = float(disagreement(table).mean())
-        return aggregate(how, table, weights, ids)
+        if not isinstance(how, Sum):
+            refuse_unscored(table)
+        weights = torch.tensor([self.weights[name] for name in others], dtype=torch.float64)
+        total = aggregate(how, table, weights, ids)
+        if gate is None or isinstance(gate, HingeGate):
+            return total, table
+        where = f"combine.gate.type = {gate.type} multiplies it by a factor below 1, so"
+        if isinstance(gate, ProductGate):
+            first = main[gate.reward]
+            check_range(gate.reward, first, 0, torch.inf, where, [unit_of(gate.reward)])
+            return (self.weights[gate.reward] * product(first, total, gate.strength)).nan_to_num(0.0), table
+        for name, values in others.items() if isinstance(how, Sum) else ():
+            check_range(name, values, 0, torch.inf, where, [unit_of(name)])
+        refuse_negative(total, f"combine.gate.type = {gate.type}")
+        threshold, primary = self._level(gate, gate.reward, ids).nan_to_num(-torch.inf), scores[gate.reward].double()
+        if isinstance(gate, HardGate):
+            open_ = hard_gate(primary, threshold)
+        else:
+            open_ = ramp_gate(primary, threshold, gate.width)
+        metrics["combine/gate_open"] = float(open_.mean())
+        total = open_ * total
+        if not only_gates(self.combine):
+            total = total + (self.weights[gate.reward] * main[gate.reward]).nan_to_num(0.0)
+        return total, table
 
     def _penalised(self, total: Tensor, ready: Scores, metrics: dict[str, float]) -> Tensor:
         assert self.combine is not None
@@ -195,21 +244,17 @@ class Pipeline:
         for name in penalty.rewards:
             ways = [f"combine.rewards.{name}.transform: {{type: centred_sigmoid}}", "a bound of type tiers"]
             check_range(name, ready[name], 0, 1, "as a factor", ways)
-        worst = int(total.argmin())
-        if total[worst] < 0:
-            raise RunError(
-                f"combine.penalty: the other rewards of image {worst} give {float(total[worst]):g}, but what factors multiply must be at "
-                "least 0; use combine.rewards.NAME.transform: {type: unit} for those that can be below 0"
-            )
+        refuse_negative(total, "combine.penalty")
         factors = torch.stack([ready[name] ** self.weights[name] for name in penalty.rewards])
         metrics["combine/penalty"] = float(factors.nan_to_num(1.0).prod(0).mean())
         if penalty.violation_below is not None:
             metrics["combine/violations"] = float(violations(factors, penalty.violation_below).double().mean())
         return penalised(total, factors, penalty.violation_below, penalty.violation_cost)
 
-    def _constrained(self, main: Scores, raw: Scores, ids: Tensor, metrics: dict[str, float]) -> Tensor:
+    def _constrained(self, scores: Mapping[str, Tensor], ids: Tensor, metrics: dict[str, float]) -> Tensor:
         """Weighted sum of the advantages of the objective and of each constrained reward; then the multipliers move."""
         assert self.combine is not None and self.multipliers is not None
+        main = self._main(self.transformed(scores, ids, metrics))
         duals, advantage = self.multipliers, self.run.advantage
         limits = {n: heads.level(self.combine.rewards[n].constraint, self.base.pooled.get(n)) for n in duals.table}  # type: ignore[arg-type]
         free = {name: self.weights[name] * x for name, x in main.items() if name not in duals.table}
@@ -221,7 +266,7 @@ class Pipeline:
             total += weight * normalise(main[name], ids, advantage)
             metrics[f"constraint/{name}/weight"] = weight
         metrics["constraint/objective_weight"] = objective
-        means = {name: float(raw[name][~raw[name].isnan()].mean()) for name in duals.table}
+        means = {name: mean_of(scores[name].double()) for name in duals.table}
         duals.step(means, limits)
         for name, gap in duals.gaps(limits).items():
             metrics |= {f"constraint/{name}/gap": gap, f"constraint/{name}/multiplier": duals.table[name].value}
@@ -241,6 +286,26 @@ class Pipeline:
             self.base.load_state_dict(state["base"])
         if self.multipliers is not None and "multipliers" in state:
             self.multipliers.load_state_dict(state["multipliers"])
+
+
+def mean_of(values: Tensor) -> float:
+    """Mean of (N,) scores without their NaN."""
+    return float(values[~values.isnan()].mean())
+
+
+def unit_of(name: str) -> str:
+    """The transform after which a reward is at least 0."""
+    return f"combine.rewards.{name}.transform: {{type: unit}}"
+
+
+def refuse_negative(total: Tensor, where: str) -> None:
+    """Raise RunError for an image whose score (N,) is below 0, where factors are to multiply it."""
+    worst = int(total.argmin())
+    if total[worst] < 0:
+        raise RunError(
+            f"{where}: the other rewards of image {worst} give {float(total[worst]):g}, but what factors multiply must be at "
+            "least 0; use combine.rewards.NAME.transform: {type: unit} for those that can be below 0"
+        )
 
 
 def sum_of(parts: Mapping[str, Tensor]) -> Tensor:

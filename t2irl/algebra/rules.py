@@ -9,18 +9,22 @@ from t2irl import registry
 from t2irl.algebra.config import (
     Best,
     BestWorst,
+    CentredSigmoid,
     Combine,
     Constraints,
     Head,
+    LogProbability,
+    LogSigmoid,
     Mean,
     MeanMinusStd,
-    ProductGate,
     Standardise,
     Sum,
+    Tiers,
     Transform,
     Uwo,
     WinRate,
 )
+from t2irl.algebra.config_gates import HardGate, HingeGate, Level, ProductGate, PromptLevel, RampGate
 
 if TYPE_CHECKING:
     from t2irl.config import Run
@@ -45,11 +49,27 @@ def head_of(combine: Combine, name: str) -> Head:
     return combine.rewards.get(name, Head())
 
 
+def only_gates(combine: Combine) -> bool:
+    """Whether the gate's reward has no other part: a hinge, or a ramp before something else than a sum."""
+    gate = combine.gate
+    return isinstance(gate, HingeGate) or (isinstance(gate, RampGate) and not isinstance(combine.aggregate, Sum))
+
+
 def main_rewards(run: Run) -> list[str]:
-    """The rewards that are aggregated: trained on, and no penalty."""
+    """The rewards that the score is made of: trained on, and neither a penalty nor a gate alone."""
+    combine = run.combine
+    assert combine is not None
+    left_out = set(combine.penalty.rewards) if combine.penalty else set()
+    if combine.gate and only_gates(combine):
+        left_out.add(combine.gate.reward)
+    return [name for name, config in run.rewards.items() if config.weight != 0 and name not in left_out]
+
+
+def aggregated(run: Run) -> list[str]:
+    """The rewards that `aggregate` is of: the main ones, but for the gate's."""
     assert run.combine is not None
-    factors = run.combine.penalty.rewards if run.combine.penalty else ()
-    return [name for name, config in run.rewards.items() if config.weight != 0 and name not in factors]
+    gate = run.combine.gate
+    return [name for name in main_rewards(run) if gate is None or name != gate.reward]
 
 
 def transform_of(run: Run, name: str) -> Transform | None:
@@ -57,9 +77,9 @@ def transform_of(run: Run, name: str) -> Transform | None:
     combine = run.combine
     assert combine is not None
     given, aggregate = head_of(combine, name).transform, combine.aggregate
-    if given is not None or name not in main_rewards(run):
+    if given is not None or name not in aggregated(run):
         return given
-    side = isinstance(combine.gate, ProductGate) and name != combine.gate.reward
+    side = isinstance(combine.gate, ProductGate)
     votes = isinstance(aggregate, WinRate) and aggregate.temperature == 0
     compared = not isinstance(aggregate, Sum | Constraints) and not votes
     return Standardise() if side or compared else None
@@ -97,6 +117,7 @@ def _rules(run: Run, combine: Combine) -> Iterator[str]:
     yield from _constraints(run, combine)
     yield from _gate(run, combine)
     yield from _penalty(run, combine)
+    yield from _disagreement(run, combine)
     yield from _filter(run, combine)
 
 
@@ -104,14 +125,18 @@ def _one_scalar(run: Run, combine: Combine) -> Iterator[str]:
     """Exactly one mechanism makes one number of several rewards; none of them normalises rewards by themselves but constraints."""
     logs = [name for name in main_rewards(run) if _type(head_of(combine, name).transform) in LOGARITHMIC]
     found = [f"combine.rewards.{name}.transform.type = {_type(head_of(combine, name).transform)}" for name in logs[:1]]
-    if combine.gate:
-        found.append(f"combine.gate.type = {combine.gate.type}")
+    if isinstance(combine.gate, HardGate):
+        found.append("combine.gate.type = hard")
     if not isinstance(combine.aggregate, Sum):
         found.append(f"combine.aggregate.type = {combine.aggregate.type}")
     if len(found) > 1:
-        yield f"{' and '.join(found)}: each of them says by itself how rewards become one number; keep one"
-    if run.advantage.combine == "advantages" and (found or combine.penalty):
-        which = found[0] if found else "combine.penalty"
+        instead = (
+            " (as a penalty, a gate of type hinge goes with all of them)" if isinstance(combine.gate, HardGate) else ""
+        )
+        yield f"{' and '.join(found)}: each of them says by itself how rewards become one number; keep one{instead}"
+    if run.advantage.combine == "advantages" and (found or combine.gate or combine.penalty):
+        other = f"combine.gate.type = {combine.gate.type}" if combine.gate else "combine.penalty"
+        which = found[0] if found else other
         yield f"advantage.combine = advantages normalises each reward by itself, which {which} does not allow; use scores"
     if logs and run.advantage.std == "group":
         yield (
@@ -121,7 +146,7 @@ def _one_scalar(run: Run, combine: Combine) -> Iterator[str]:
 
 
 def _aggregate(run: Run, combine: Combine) -> Iterator[str]:
-    aggregate, names = combine.aggregate, main_rewards(run)
+    aggregate, names = combine.aggregate, aggregated(run)
     if isinstance(aggregate, Sum | Constraints):
         return
     where = f"combine.aggregate.type = {aggregate.type}"
@@ -160,18 +185,31 @@ def _gate(run: Run, combine: Combine) -> Iterator[str]:
     if gate is None:
         return
     where, factors = f"combine.gate.type = {gate.type}", combine.penalty.rewards if combine.penalty else ()
+    head, weight = head_of(combine, gate.reward), run.rewards[gate.reward].weight
     if gate.reward in factors:
         yield f"combine.gate.reward = {gate.reward}: it is a penalty already"
-    if not [name for name in main_rewards(run) if name != gate.reward]:
+    if not aggregated(run):
         yield f"{where} needs another reward than {gate.reward}, whose gate it is"
-    if isinstance(gate, ProductGate):
+    if isinstance(combine.aggregate, Constraints):
+        yield f"{where} with combine.aggregate.type = constraints: there is no single score behind it; give {gate.reward} a constraint instead"
+    elif only_gates(combine) and (head.transform or head.bound):
+        yield f"combine.rewards.{gate.reward}: {where} takes its score as it is; leave out transform and bound"
+    if isinstance(gate, HingeGate):
+        if weight < 0:
+            yield f"rewards.{gate.reward}.weight = {weight:g}: the weight of a hinge is what a unit of score costs; use more than 0"
+    elif isinstance(gate, ProductGate):
         yield from _not_negative(run, [gate.reward], where)
-    else:
-        yield from _not_negative(run, [n for n in main_rewards(run) if n != gate.reward], where)
+        for name in aggregated(run):
+            if isinstance(how := transform_of(run, name), LogSigmoid | LogProbability):
+                yield f"combine.rewards.{name}.transform.type = {how.type}: {where} takes standardised rewards; leave it out, or use a gate of type hinge"
+    elif isinstance(gate, RampGate) or isinstance(combine.aggregate, Sum):
+        if only_gates(combine) and weight != 1:
+            yield f"rewards.{gate.reward}.weight = {weight:g}: before {combine.aggregate.type} a ramp has no weight; use 1"
+        yield from _multiplied(run, combine, where)
 
 
 def _penalty(run: Run, combine: Combine) -> Iterator[str]:
-    penalty, aggregate = combine.penalty, combine.aggregate
+    penalty = combine.penalty
     if penalty is None:
         return
     if not main_rewards(run):
@@ -182,12 +220,45 @@ def _penalty(run: Run, combine: Combine) -> Iterator[str]:
             yield f"combine.rewards.{name}.transform.type = {kind}: a penalty is a factor in [0, 1]; use centred_sigmoid, a bound of type tiers, or a reward in [0, 1]"
         if weight < 0:
             yield f"rewards.{name}.weight = {weight:g}: the weight of a penalty is its exponent; use more than 0"
+    if isinstance(combine.gate, ProductGate):
+        yield "combine.penalty with combine.gate.type = product: what it gives can be below 0, where a factor would reward; use hard, ramp or hinge"
+    elif not isinstance(combine.aggregate, Constraints):
+        yield from _multiplied(run, combine, "combine.penalty")
+
+
+def _multiplied(run: Run, combine: Combine, where: str) -> Iterator[str]:
+    """What is made of the rewards is multiplied by factors in [0, 1], so it may not be below 0."""
+    aggregate, names = combine.aggregate, main_rewards(run) if where == "combine.penalty" else aggregated(run)
+    if isinstance(aggregate, WinRate):
+        return  # in [0, 1]
+    if isinstance(aggregate, MeanMinusStd):
+        yield f"{where} with combine.aggregate.type = mean_minus_std: what it gives can be below 0, where a factor would reward; use wco or softmin, or a gate of type hinge"
+    elif isinstance(aggregate, Uwo):
+        # Of numbers in [0, 1] the variance is at most mean - mean^2.
+        most, heads = 1 - aggregate.ddof / max(len(names), 1), {name: head_of(combine, name) for name in names}
+        loose = [
+            n
+            for n, h in heads.items()
+            if not isinstance(h.bound, Tiers) and not isinstance(h.transform, CentredSigmoid)
+        ]
+        if loose or aggregate.coefficient > most:
+            yield (
+                f"{where} with combine.aggregate.type = uwo: what it gives can be below 0, where a factor would reward, unless "
+                f"all its rewards are in [0, 1] (transform centred_sigmoid or bound tiers; not so: {', '.join(loose) or 'none'}) and "
+                f"coefficient = {aggregate.coefficient:g} is at most {most:g}; mend that, or use a gate of type hinge"
+            )
+    else:
+        yield from _not_negative(run, names, where)
+
+
+def _disagreement(run: Run, combine: Combine) -> Iterator[str]:
+    aggregate = combine.aggregate
+    if combine.disagreement is None:
+        return
     if isinstance(aggregate, Uwo | MeanMinusStd):
-        yield f"combine.penalty with combine.aggregate.type = {aggregate.type}: what it gives can be below 0, where a factor would reward; use wco or softmin"
-    elif isinstance(combine.gate, ProductGate):
-        yield "combine.penalty with combine.gate.type = product: what it gives can be below 0, where a factor would reward; use hard or ramp"
-    elif not isinstance(aggregate, WinRate | Constraints):
-        yield from _not_negative(run, main_rewards(run), "combine.penalty")
+        yield f"combine.disagreement with combine.aggregate.type = {aggregate.type}, which subtracts one already; use mean"
+    elif isinstance(aggregate, Sum | WinRate | Constraints):
+        yield f"combine.disagreement with combine.aggregate.type = {aggregate.type}: only what is standardised can disagree; use mean, median, wco, softmin or kl_dro"
 
 
 def _not_negative(run: Run, names: list[str], where: str) -> Iterator[str]:
@@ -199,7 +270,7 @@ def _not_negative(run: Run, names: list[str], where: str) -> Iterator[str]:
             how = "is" if head_of(run.combine, name).transform else "is by default"
             yield (
                 f"combine.rewards.{name}.transform.type {how} {_type(transform)}, which gives numbers below 0, and {where} multiplies "
-                "by factors below 1, which would then reward; use unit or centred_sigmoid"
+                "by factors below 1, which would then reward; use unit or centred_sigmoid, or a gate of type hinge"
             )
         if run.rewards[name].weight < 0:
             yield f"rewards.{name}.weight = {run.rewards[name].weight:g}: {where} multiplies by factors below 1, which would reward what is below 0"
@@ -217,25 +288,40 @@ def _type(config: Transform | object | None) -> str | None:
     return getattr(config, "type", None)
 
 
+def needs_pooled(run: Run) -> list[str]:
+    """Rewards whose settings need scores of the base model's images of all prompts together."""
+    return [name for name, (pooled, _) in _base_uses(run).items() if pooled]
+
+
+def needs_own(run: Run) -> dict[str, int]:
+    """Rewards whose settings need scores of the base model's images of each prompt, and of how many."""
+    return {name: count for name, (_, count) in _base_uses(run).items() if count}
+
+
 def needs_base(run: Run) -> list[str]:
-    """Rewards whose settings need scores of the base model's images."""
+    """Rewards whose settings need scores of the base model's images, of one kind or the other."""
+    return [name for name, (pooled, count) in _base_uses(run).items() if pooled or count]
+
+
+def _base_uses(run: Run) -> dict[str, tuple[bool, int]]:
+    """Reward trained on -> whether it needs scores of all prompts together, and how many images of each prompt."""
     combine = run.combine
-    if combine is None:
-        return []
-    found = []
-    for name, config in run.rewards.items():
-        if config.weight == 0:
-            continue
-        head, transform = head_of(combine, name), transform_of(run, name)
-        levels = [head.bound, head.constraint]
-        if not isinstance(combine.gate, ProductGate) and combine.gate and combine.gate.reward == name:
-            levels.append(combine.gate)
-        fixed = _type(transform) in (None, "log_probability") or getattr(transform, "at", None) is not None
-        fixed = fixed and getattr(transform, "unit", None) != "deviation"
-        if (
-            not fixed
-            or _type(head.bound) == "tiers"
-            or any(getattr(level, "quantile", None) is not None for level in levels)
-        ):
-            found.append(name)
+    found: dict[str, tuple[bool, int]] = {}
+    for name in [name for name, config in run.rewards.items() if config.weight != 0] if combine else ():
+        assert combine is not None
+        head, how, gate = head_of(combine, name), transform_of(run, name), combine.gate
+        levels: list[Level] = [level for level in (head.bound, head.constraint) if isinstance(level, Level)]
+        if gate and gate.reward == name and not isinstance(gate, ProductGate):
+            levels.append(gate)
+        counts = [level.per_prompt for level in levels if isinstance(level, PromptLevel)]
+        pooled = isinstance(head.bound, Tiers)
+        if isinstance(how, LogSigmoid):
+            counts.append(how.per_prompt if how.at is None else 0)
+            pooled = pooled or how.unit == "deviation" or (how.at is None and not how.per_prompt)
+        else:
+            pooled = pooled or not (how is None or isinstance(how, LogProbability))
+        for level in levels:
+            own = isinstance(level, PromptLevel) and level.per_prompt > 0
+            pooled = pooled or (level.quantile is not None and not own)
+        found[name] = pooled, max(counts, default=0)
     return found

@@ -137,6 +137,11 @@ class ArtifactAdaptive(Artifact):
         self.labeller.seed = self.seed
         self.labeller.prepare(prompts, family)
 
+    @property
+    def version(self) -> int:
+        """Accepted refreshes so far."""
+        return self.accepted
+
     # -------------------------------------------------------------------------------------------------------- mining
     def update(self, images: Tensor, groups: PromptGroups) -> dict[str, float]:
         """Mine a rollout; refresh when it is time. See `metrics.md` for what is returned."""

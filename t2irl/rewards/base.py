@@ -52,10 +52,22 @@ class Reward:
     def __init__(self, config: Any, device: torch.device):
         self.config, self.device = config, device
 
+    @classmethod
+    def would_learn(cls, config: Any) -> bool:
+        """Whether `update` changes a reward of these settings."""
+        return cls.update is not Reward.update
+
     @property
     def learns(self) -> bool:
         """Whether `update` changes the reward."""
-        return type(self).update is not Reward.update
+        return self.would_learn(self.config)
+
+    @property
+    def version(self) -> int | None:
+        """How often it has changed since the run began: scores of different versions cannot be compared. It follows from `state_dict`, is
+        the same on all processes, and changes in `update` alone. None: it learns and does not say.
+        """
+        return None if self.learns else 0
 
     @classmethod
     def check(cls, config: Any, prompts: Sequence[str]) -> None:

@@ -237,8 +237,9 @@ def test_a_pipeline_over_two_processes_is_that_of_one(two: list[dict[str, Any]])
     """Base-model scores, multipliers, filter, diversity and chi-square: equal on both, and those of one process up to rounding."""
     alone, (first, second) = worker.combined(), (process["combined"] for process in two)
     assert_equal(first, second)
-    for name, values in alone["base"].items():
-        torch.testing.assert_close(first["base"][name], values, rtol=1e-3, atol=1e-3)
+    for what in ("base", "own"):
+        for name, values in alone[what].items():
+            torch.testing.assert_close(first[what][name], values, rtol=1e-3, atol=1e-3)
     moved = (alone["weights"][-1] - alone["weights"][0]).abs().max().item()
     assert moved > 0.005
     for found, expected in zip(first["weights"], alone["weights"], strict=True):

@@ -156,18 +156,22 @@ def training(rollout: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def combined() -> dict[str, Any]:
-    """Three iterations of a pipeline with base-model scores, constraints and a filter, and of regularisers that need all images."""
+    """Three iterations of a pipeline with base-model scores, of a reward that learns too, constraints and a filter, and of
+    regularisers that need all images."""
     bright, dark = ({"type": "tests.invariants.toy:Brightness", "weight": 1} for _ in range(2))
     run = toy_run(
         {
             "rollout": {"prompts": 6, "window": {"type": "fixed", "start": 0, "size": 3}},
-            "rewards": {"dark": dark},
+            "rewards": {"dark": dark, "growing": {"type": "tests.end_to_end.plugins:Growing"}},
             "heldout_rewards": {"gold": bright},
             "combine": {
                 "aggregate": {"type": "constraints", "average": 0, "rate": 3},
                 "rewards": {
                     "brightness": {"bound": {"type": "clip", "quantile": 0.8}},
                     "dark": {"constraint": {"quantile": 0.9}},
+                    "growing": {
+                        "transform": {"type": "standardise"}, "bound": {"type": "clip", "quantile": 0.7, "per_prompt": 3}
+                    },
                 },
                 "filter": {"type": "best_worst"}, "base_images": 13,
             },
@@ -186,6 +190,7 @@ def combined() -> dict[str, Any]:
         parts.pipeline.meet(cast(Any, context), parts)
         trajectory, log = toy_rollout(run, parts), UpdateLog(CPU)
         scores = parts.rewards.score(trajectory.images, trajectory.groups)
+        parts.rewards.update(trajectory.images, trajectory.groups)
         table = {name: distributed.gather_rows(values, CPU) for name, values in scores.items()}
         ids = distributed.gather_rows(torch.tensor(trajectory.groups.ids), CPU)
         credit = parts.pipeline.credit(table, ids)
@@ -198,6 +203,7 @@ def combined() -> dict[str, Any]:
         own = {f"{name}/{k}": v for name, r in parts.regularizers.items() for k, v in r.metrics().items()}
         found["metrics"].append(credit.metrics | own)
     found["base"] = parts.pipeline.base.pooled
+    found["own"] = {f"{line} {n}": x for line, t in parts.pipeline.base.by_prompt.items() for n, x in t.items()}
     return found
 
 

@@ -94,6 +94,36 @@ class Moody(Brightness):
         self.seen, self.updates = state["seen"], state["updates"]
 
 
+class Growing(Brightness):
+    """Learns, and says when: every second update its scores grow by a picture."""
+
+    def __init__(self, config: Any, device: torch.device):
+        super().__init__(config, device)
+        self.updates = 0
+
+    @property
+    def version(self) -> int:
+        """Half of the updates."""
+        return self.updates // 2
+
+    def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
+        """Brightness, and from each version on more of the red."""
+        return (1 + self.version) * (super().score(images, groups) + self.version * images[:, 0].mean((1, 2)))
+
+    def update(self, images: Tensor, groups: PromptGroups) -> dict[str, float]:
+        """Count."""
+        self.updates += 1
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of updates."""
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        self.updates = state["updates"]
+
+
 class Interrupting(Brightness):
     """Sends this process a signal while it scores for the `call`-th time; once, as `done` remembers."""
 

@@ -28,13 +28,22 @@ CASES: dict[str, dict[str, Any]] = {
         "base_images": 10,
     },
     "ensemble": {"aggregate": {"type": "uwo"}, "base_images": 10},
+    "learning": {
+        "aggregate": {"type": "mean"},
+        "rewards": {"third": {"bound": {"type": "clip", "quantile": 0.7, "per_prompt": 2}}},
+        "gate": {"type": "hinge", "reward": "flat", "quantile": 0.5, "per_prompt": 3},
+        "disagreement": {"measure": "leave_one_out"},
+        "base_images": 10,
+    },
 }
+LEARNS = ("learning",)
+"""Those in which the reward `third` learns."""
 
 
-def write(config: Path, combine: dict[str, Any], regularizers: dict[str, Any]) -> None:
+def write(config: Path, combine: dict[str, Any], regularizers: dict[str, Any], third: str = "Brightness") -> None:
     """Give a run three rewards, a held-out one, and these sections."""
     tree = yaml.safe_load(config.read_text())
-    tree["rewards"] |= {"flat": {"type": f"{PLUGINS}:PartlyFlat"}, "third": {"type": f"{PLUGINS}:Brightness"}}
+    tree["rewards"] |= {"flat": {"type": f"{PLUGINS}:PartlyFlat"}, "third": {"type": f"{PLUGINS}:{third}"}}
     tree["heldout_rewards"] = {"gold": {"type": f"{PLUGINS}:Brightness"}}
     tree |= {"advantage": {"std": "global"}, "combine": combine, "regularizers": regularizers}
     config.write_text(yaml.safe_dump(tree))
@@ -51,13 +60,18 @@ def test_stopped_and_continued_is_uninterrupted(config: Path, run_dir: Path, tmp
         "sft": {"type": "sft", "references": references, "images": 3, "meter": 2},
         "wide": {"type": "diversity_logdet", "path": None, "allow_on_failures": True, "base_prompts": 2},
     }
-    write(config, CASES[name], regularizers if name == "constraints" else {})
+    third = "Growing" if name in LEARNS else "Brightness"
+    write(config, CASES[name], regularizers if name == "constraints" else {}, third)
     assert train(config, "--iterations=1") == 0
     assert train(config, "--iterations=3") == 0
     assert train(config, "--iterations=3", f"--run_dir={run_dir.with_name('whole')}") == 0
     assert_same_run(run_dir, run_dir.with_name("whole"), 3)
     state = saved(run_dir, 3).state["combine"]
-    assert bool(state["base"]["pooled"]) == (name != "and") and bool(state["base"]["by_prompt"]) == (name == "and")
+    own = name in ("and", "learning")
+    assert bool(state["base"]["pooled"]) == (name != "and") and bool(state["base"]["by_prompt"]) == own
+    if name in LEARNS:  # changed at the end of the second iteration, measured again at the start of the third
+        assert state["base"]["versions"] == {"bright": 0, "flat": 0, "third": 1}
+        assert {"combine/gate_open", "combine/disagreement_cost"} <= set(metrics(run_dir)[3])
     lines = metrics(run_dir)
     for line in lines:
         assert [key for key in line if key not in ("iteration", "time") and lookup(key) is None] == []

@@ -69,6 +69,14 @@ SUM_LIKE = [
     {"gate": {"type": "hard", "reward": "a", "quantile": 0.5}},
     {"gate": {"type": "product", "reward": "a"}},
     {"penalty": {"rewards": ["c"]}, "rewards": {"c": {"transform": {"type": "centred_sigmoid"}}}},
+    {"gate": {"type": "hinge", "reward": "a", "quantile": 0.5}, "aggregate": {"type": "uwo"}},
+    {"gate": {"type": "product", "reward": "a"}, "aggregate": {"type": "softmin"}},
+    {
+        "gate": {"type": "ramp", "reward": "a", "at": 50, "width": 10},
+        "aggregate": {"type": "wco"},
+        "rewards": {name: {"transform": {"type": "unit"}} for name in "bc"},
+    },
+    {"aggregate": {"type": "median"}, "disagreement": {"measure": "max_pairwise", "tolerance": 0.5}},
 ]
 KINDS = [str(sorted((k, v.get("type", "")) for k, v in combine.items())) for combine in SUM_LIKE]
 
@@ -255,6 +263,46 @@ def test_a_reward_that_learns_has_no_base_scores() -> None:
     )
     with pytest.raises(ConfigError, match=r"rewards.moody learns.*use `at`"):
         toy_parts(run)
+
+
+def known_total(combine: dict[str, Any]) -> tuple[Tensor, Pipeline, dict[str, Tensor]]:
+    """The score of each image, the pipeline, and the rewards standardised, or as they are."""
+    made, scores = pipeline(combine), {name: x.double() for name, x in table().items()}
+    return made.total(scores, IDS, {}), made, scores
+
+
+def test_gates_beside_an_ensemble_by_hand() -> None:
+    """The gate's reward is no member: the ensemble of the others is multiplied, or multiplies, or pays."""
+    n = {name: (x.double() - 50) / 850**0.5 for name, x in table().items()}  # of base scores 0 ... 100
+    worst, mean = torch.minimum(n["b"], n["c"]), (n["b"] + n["c"]) / 2
+    spread = ((n["b"] - n["c"]) / 2).abs()
+    hinge, _, raw = known_total(
+        {"gate": {"type": "hinge", "reward": "a", "quantile": 0.5}, "aggregate": {"type": "uwo"}}
+    )
+    torch.testing.assert_close(hinge, mean - 0.5 * spread**2 - (50 - raw["a"]).clamp_min(0))
+    product, _, _ = known_total({"gate": {"type": "product", "reward": "a"}, "aggregate": {"type": "wco"}})
+    torch.testing.assert_close(product, raw["a"] * (1 + 0.5 * worst))
+    ramp, _, _ = known_total(
+        {
+            "gate": {"type": "ramp", "reward": "a", "at": 50, "width": 10}, "aggregate": {"type": "wco"},
+            "rewards": {name: {"transform": {"type": "unit"}} for name in "bc"},
+        }
+    )  # fmt: skip
+    unit = ((torch.minimum(raw["b"], raw["c"]) - 1) / 98).clamp_min(0)
+    torch.testing.assert_close(ramp, unit * ((raw["a"] - 50) / 10).sigmoid())
+    apart, _, _ = known_total({"aggregate": {"type": "mean"}, "disagreement": {"cost": 2, "tolerance": 0.1}})
+    three = torch.stack([n["a"], n["b"], n["c"]])
+    torch.testing.assert_close(apart, three.mean(0) - 2 * (three.std(0, correction=0) - 0.1).clamp_min(0))
+
+
+def test_a_ramp_closing_never_raises_a_score() -> None:
+    combine = {
+        "gate": {"type": "ramp", "reward": "a", "at": 50, "width": 10}, "aggregate": {"type": "uwo", "coefficient": 1},
+        "rewards": {name: {"transform": {"type": "centred_sigmoid", "unit": "deviation"}} for name in "bc"},
+    }  # fmt: skip
+    lower, made, scores = known_total(combine)
+    higher = made.total({**scores, "a": scores["a"] + 5}, IDS, {})
+    assert (higher > lower).all()
 
 
 def test_no_factor_is_a_factor_of_one() -> None:

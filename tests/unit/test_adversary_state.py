@@ -46,9 +46,12 @@ def test_a_resumed_adversary_goes_on_to_the_bit(name: str, make: Make, spoilt: P
     for pictures in rollouts[:2]:
         iterate(whole, pictures, groups)
     torch.save(whole.state_dict(), tmp_path / "state.pt")
+    version = whole.version
     expected = [iterate(whole, pictures, groups) for pictures in rollouts[2:]]
     resumed = make(name, **FULL[name])
+    assert resumed.version == 0
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert whole.version > resumed.version == version > 0
     assert [iterate(resumed, pictures, groups) for pictures in rollouts[2:]] == expected
     assert_equal(whole.state_dict(), resumed.state_dict())
     assert torch.equal(whole.score(images, groups), resumed.score(images, groups))

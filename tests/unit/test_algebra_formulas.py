@@ -86,16 +86,17 @@ def test_a_base_model_without_spread_gives_no_scale() -> None:
 
 def test_clip_earns_nothing_above_the_threshold() -> None:
     x = f64(-1, 0.5, 2, NAN)
-    assert close(heads.bound(c.Clip(at=0.5), x, None), f64(-1, 0.5, 0.5, NAN))
+    assert close(heads.clip(x, 0.5), f64(-1, 0.5, 0.5, NAN))
     paper = (x - 0.5).clamp_max(0)
     assert close(heads.clip(x, 0.5) - 0.5, paper)
-    assert close(heads.bound(c.Clip(quantile=0.5), x, f64(0, 1, 5)), f64(-1, 0.5, 1, NAN))
+    assert close(heads.clip(x, f64(-2, torch.inf, 1, 0)), f64(-2, 0.5, 1, NAN))
+    assert heads.level(c.Clip(quantile=0.5), f64(0, 1, 5)) == 1 and heads.level(c.Clip(at=7), None) == 7
 
 
 def test_tiers_count_the_edges_reached() -> None:
     base = torch.arange(101, dtype=torch.float64)
-    how = c.Tiers(quantiles=(0.25, 0.5, 0.75, 0.95))
-    found = heads.bound(how, f64(-9, 24.9, 25, 74, 75, 95, 1e9, NAN), base)
+    edges = heads.quantiles(base, [0.25, 0.5, 0.75, 0.95])
+    found = heads.tiers(f64(-9, 24.9, 25, 74, 75, 95, 1e9, NAN), edges)
     assert close(found, f64(0, 0, 0.25, 0.5, 0.75, 1, 1, NAN))
 
 

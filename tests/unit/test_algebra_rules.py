@@ -10,12 +10,17 @@ from pydantic import ValidationError
 
 from t2irl.algebra.config import CentredSigmoid, Combine, LogSigmoid, Standardise, Unit
 from t2irl.algebra.heads import transform
-from t2irl.algebra.rules import needs_base, transform_of
+from t2irl.algebra.rules import needs_base, needs_own, needs_pooled, transform_of
 from t2irl.config import Run
 from tests.invariants.toy import merged, toy_run
 
 BRIGHT = {"type": "tests.invariants.toy:Brightness"}
 LOG, UNIT = {"transform": {"type": "log_sigmoid"}}, {"transform": {"type": "unit"}}
+CHANCE, TIERS = {"transform": {"type": "centred_sigmoid"}}, {"bound": {"type": "tiers"}}
+HINGE = {"type": "hinge", "reward": "a", "quantile": 0.5}
+RAMP = {"type": "ramp", "reward": "a", "at": 0.5, "width": 0.1}
+PRODUCT = {"type": "product", "reward": "a"}
+ENSEMBLES = ("mean", "median", "wco", "uwo", "mean_minus_std", "softmin", "kl_dro", "win_rate")
 
 
 def a_run(combine: dict[str, Any] | None, **changes: Any) -> Run:
@@ -49,6 +54,17 @@ def refusal(combine: dict[str, Any], **changes: Any) -> str:
         {"aggregate": {"type": "constraints"}, "rewards": {"b": {"constraint": {"at": 0.3}}}},
         {"rewards": {"a": {"bound": {"type": "tiers"}}, "b": {"bound": {"type": "clip", "at": 0.5}}}},
         {"gate": {"type": "hard", "reward": "a", "at": 0}, "rewards": {"b": {"transform": {"type": "tanh"}, "bound": {"type": "tiers"}}}},
+        # a gate beside what makes the number
+        *({"gate": HINGE, "aggregate": {"type": kind}} for kind in ENSEMBLES),
+        *({"gate": PRODUCT, "aggregate": {"type": kind}} for kind in ENSEMBLES),
+        *({"gate": RAMP, "aggregate": {"type": kind}, "rewards": {"b": UNIT, "c": UNIT}} for kind in ("mean", "median", "wco", "softmin", "kl_dro")),
+        {"gate": RAMP, "aggregate": {"type": "win_rate"}},
+        {"gate": RAMP, "aggregate": {"type": "uwo", "coefficient": 1}, "rewards": {"b": CHANCE, "c": TIERS}},
+        {"penalty": {"rewards": ["a"]}, "aggregate": {"type": "uwo", "ddof": 1}, "rewards": {"b": CHANCE, "c": TIERS}},
+        {"gate": {**HINGE, "per_prompt": 4}, "rewards": {"b": LOG, "c": LOG}},
+        {"gate": HINGE, "penalty": {"rewards": ["c"]}},
+        {"gate": {**RAMP, "reward": "b", "at": None, "quantile": 0.5, "per_prompt": 2}},
+        {"aggregate": {"type": "wco"}, "disagreement": {"measure": "max_pairwise", "cost": 0.2, "tolerance": 1}},
     ],
 )  # fmt: skip
 def test_what_goes_together(combine: dict[str, Any]) -> None:
@@ -91,13 +107,31 @@ def test_what_goes_together(combine: dict[str, Any]) -> None:
         # factors and what is below 0
         ({"gate": {"type": "hard", "reward": "a", "at": 0}, "rewards": {"b": {"transform": {"type": "tanh"}}}}, {}, "combine.rewards.b.transform.type is tanh"),
         ({"penalty": {"rewards": ["c"]}, "aggregate": {"type": "wco"}}, {}, "is by default standardise, which gives numbers below 0"),
-        ({"penalty": {"rewards": ["c"]}, "aggregate": {"type": "uwo"}, "rewards": {"a": UNIT, "b": UNIT}}, {}, "combine.penalty with combine.aggregate.type = uwo"),
+        ({"penalty": {"rewards": ["c"]}, "aggregate": {"type": "uwo"}, "rewards": {"a": UNIT, "b": UNIT}}, {}, "combine.penalty with combine.aggregate.type = uwo: what it gives can be below 0, where a factor would reward, unless all its rewards are in [0, 1] (transform centred_sigmoid or bound tiers; not so: a, b)"),
         ({"penalty": {"rewards": ["c"]}, "gate": {"type": "product", "reward": "a"}}, {}, "combine.penalty with combine.gate.type = product"),
         ({"penalty": {"rewards": ["c"]}, "rewards": {"c": UNIT}}, {}, "a penalty is a factor in [0, 1]"),
         ({"penalty": {"rewards": ["c"]}}, {"weights": {"c": -1}}, "its exponent"),
         ({"penalty": {"rewards": ["c"]}}, {"weights": {"b": -1}}, "rewards.b.weight = -1: combine.penalty"),
         ({"penalty": {"rewards": ["a", "b", "c"]}}, {}, "nothing is left for the penalties"),
         ({"penalty": {"rewards": ["a"]}, "gate": {"type": "hard", "reward": "a", "at": 0}}, {}, "it is a penalty already"),
+        # gates beside what makes the number
+        ({"gate": HINGE, "aggregate": {"type": "constraints"}, "rewards": {"b": {"constraint": {"at": 0}}}}, {}, "there is no single score behind it; give a a constraint instead"),
+        ({"gate": {**HINGE, "type": "hard"}, "aggregate": {"type": "uwo"}}, {}, "keep one (as a penalty, a gate of type hinge goes with all of them)"),
+        ({"gate": HINGE, "rewards": {"a": UNIT}}, {}, "combine.rewards.a: combine.gate.type = hinge takes its score as it is"),
+        ({"gate": HINGE}, {"weights": {"a": -1}}, "the weight of a hinge is what a unit of score costs"),
+        ({"gate": HINGE}, {"advantage": {"combine": "advantages"}}, "which combine.gate.type = hinge does not allow; use scores"),
+        ({"gate": {**HINGE, "quantile": None, "at": 1, "per_prompt": 2}}, {}, "per_prompt = 2 needs a quantile: at = 1"),
+        ({"gate": RAMP, "aggregate": {"type": "median"}}, {}, "combine.rewards.b.transform.type is by default standardise, which gives numbers below 0, and combine.gate.type = ramp"),
+        ({"gate": RAMP, "rewards": {"b": LOG}}, {}, "use unit or centred_sigmoid, or a gate of type hinge"),
+        ({"gate": RAMP, "aggregate": {"type": "wco"}, "rewards": {"b": UNIT, "c": UNIT}}, {"weights": {"a": 2}}, "before wco a ramp has no weight"),
+        ({"gate": RAMP, "aggregate": {"type": "uwo", "coefficient": 1.1}, "rewards": {"b": CHANCE, "c": TIERS}}, {}, "not so: none) and coefficient = 1.1 is at most 1"),
+        ({"gate": RAMP, "aggregate": {"type": "uwo", "ddof": 1, "coefficient": 0.6}, "rewards": {"b": CHANCE, "c": TIERS}}, {}, "is at most 0.5"),
+        ({"gate": RAMP, "aggregate": {"type": "mean_minus_std"}, "rewards": {"b": CHANCE, "c": TIERS}}, {}, "mean_minus_std: what it gives can be below 0"),
+        ({"gate": RAMP, "aggregate": {"type": "wco"}, "penalty": {"rewards": ["c"]}, "rewards": {"b": UNIT}}, {}, "wco needs at least two rewards, but only b"),
+        ({"gate": PRODUCT, "rewards": {"b": LOG}}, {}, "combine.gate.type = product takes standardised rewards"),
+        # disagreement
+        ({"disagreement": {}}, {}, "combine.disagreement with combine.aggregate.type = sum: only what is standardised can disagree"),
+        ({"aggregate": {"type": "uwo"}, "disagreement": {}}, {}, "which subtracts one already; use mean"),
         # filters and levels
         ({"filter": {"type": "best", "count": 5}}, {}, "combine.filter.count = 5: a group has 4 images"),
         ({"filter": {"type": "best_worst", "count": 3}}, {}, "use at most 2"),
@@ -123,6 +157,19 @@ def test_only_what_needs_the_base_model_asks_for_it() -> None:
     assert needs_base(a_run({"gate": {"type": "product", "reward": "b"}})) == ["a", "c"]
     assert needs_base(a_run({"aggregate": {"type": "wco"}})) == ["a", "b", "c"]
     assert needs_base(a_run({"aggregate": {"type": "win_rate", "temperature": 0}})) == []
+    hinge = a_run({"gate": {**HINGE, "per_prompt": 4}, "aggregate": {"type": "wco"}})
+    assert needs_pooled(hinge) == ["b", "c"] and needs_own(hinge) == {"a": 4}
+    both = {
+        "transform": {"type": "log_sigmoid", "per_prompt": 3},
+        "bound": {"type": "clip", "quantile": 0.9, "per_prompt": 5},
+    }
+    assert (
+        needs_own(a_run({"rewards": {"b": both}})) == {"b": 5} and needs_pooled(a_run({"rewards": {"b": both}})) == []
+    )
+    both["bound"] = {"type": "tiers"}
+    assert needs_own(a_run({"rewards": {"b": both}})) == {"b": 3} and needs_pooled(a_run({"rewards": {"b": both}})) == [
+        "b"
+    ]
 
 
 def test_rewards_that_are_compared_are_standardised_by_default() -> None:

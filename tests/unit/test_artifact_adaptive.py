@@ -130,6 +130,7 @@ def test_a_refresh_that_explains_the_held_out_quarter_is_accepted(
     )
     assert last["reward/artifact/labelled"] > 30 and adaptive(rewards).mined == []
     assert not torch.equal(rewards.score(*rollout)["artifact"], before)
+    assert [adaptive(rewards).version, adaptive(make_set()).version] == [1, 0]
 
 
 def test_a_refresh_that_does_not_is_rejected(make_set: Callable[..., RewardSet], rollout: Rollout) -> None:
@@ -149,6 +150,7 @@ def test_a_refresh_that_does_not_is_rejected(make_set: Callable[..., RewardSet],
     assert last["reward/artifact/heldout_after"] < last["reward/artifact/heldout_before"]
     assert all(torch.equal(parameters[n], p) for n, p in reward.classifier.trained().items())
     assert torch.equal(rewards.score(*rollout)["artifact"], before)
+    assert reward.version == 0  # what was measured by it still holds
 
 
 def test_equal_is_accepted_and_worse_is_not() -> None:
@@ -193,6 +195,7 @@ def test_a_resumed_classifier_goes_on_to_the_bit(
     expected = iterate(whole, rollout, 3)
     resumed = make_set()
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert adaptive(resumed).version == 1
     assert iterate(resumed, rollout, 3) == expected
     assert_equal(whole.state_dict(), resumed.state_dict())
 

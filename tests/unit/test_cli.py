@@ -96,6 +96,7 @@ def test_check_prints_the_plan(config: Path, capsys: pytest.CaptureFixture[str])
         "gold 1 (shapes)    held out: none",
         "40 prompts to train on, 2 held out",
         "warning: 1 held-out prompts are trained on as well, for example 'prompt 3'",
+        "warning: heldout_rewards is empty",
         "also possible, one at a time: 3 or 9 prompts; group size 3 or 5; processes 1, 3, 4, 6, 8 or 12",
     ):
         assert words in out, f"{words!r} is not in\n{out}"
@@ -120,6 +121,15 @@ def test_check_counts_weights_and_memory(config: Path, pipeline: Path) -> None:
         line = next(line for line in text.splitlines() if name in line)
         number, unit = line.split()[-2:]
         assert math.isclose(float(number), size / {"KiB": 2**10, "MiB": 2**20}[unit], abs_tol=0.051), (line, size)
+
+
+def test_pictures_of_the_base_model_are_counted_where_a_reward_that_learns_scores_them_again(config: Path) -> None:
+    growing, combine = "{type: 'tests.end_to_end.plugins:Growing'}", "{aggregate: {type: %s}, base_images: 100}"
+    rewards, held = f"--rewards={{gold: {{type: shapes}}, more: {growing}}}", "--heldout_rewards={real: {type: shapes}}"
+    text = describe(run_of(config, rewards, held, "--combine=" + combine % "wco"), 1)
+    found = [line.split()[-2:] for line in text.splitlines() if "base model's" in line]
+    assert found == [["1.2", "MiB"]]  # 100 x 3 x 64 x 64
+    assert "base model's" not in describe(run_of(config, rewards, held, "--combine=" + combine % "sum"), 1)
 
 
 def test_full_tuning_and_options_change_the_estimate(config: Path) -> None:
