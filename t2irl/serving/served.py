@@ -91,7 +91,7 @@ def _refuse(name: str, reward: Reward, prompts: Path | None) -> None:
     if not reward.per_image:
         raise ConfigError(f"{where} measures whole sets of pictures, so it cannot be served; keep it in the run")
     settings = reward.config.model_dump()
-    if settings.get("reencode"):
+    if settings.get("reencode") and settings.get("references") is not None:
         raise ConfigError(f"{where}: reencode: true needs the run's model, which a server has not; set it to false")
     if settings.get("references") is not None and prompts is None:
         raise ConfigError(
