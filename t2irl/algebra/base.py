@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from t2irl.errors import ConfigError
 from t2irl.geometry import even_chunks
 from t2irl.rollout import Noise, rollout
 from t2irl.types import PromptGroups
@@ -71,7 +72,16 @@ class BaseScores:
 
 
 def base_scores(parts: Parts, names: Sequence[str], lines: Sequence[int], members: Sequence[int]) -> dict[str, Tensor]:
-    """Scores (N,) float64 of base-model images of the prompts `lines`, of all processes, in order."""
+    """Scores (N,) float64 of base-model images of the prompts `lines`, of all processes, in order.
+
+    Raises ConfigError for a reward that compares images of a group, to which the base model's images do not belong.
+    """
+    for name in names:
+        if parts.rewards.rewards[name].whole_groups:
+            raise ConfigError(
+                f"combine: rewards.{name}: type {parts.rewards.rewards[name].config.type} compares the images of a group, so it has "
+                "no scores of the base model's images; leave out what measures it against them"
+            )
     table: dict[str, list[float]] = {name: [] for name in names}
     with distributed.together(parts.rewards.device):
         for groups, images in base_images(parts, lines, members):

@@ -309,8 +309,7 @@ def adversary() -> dict[str, Any]:
 
 def lacking() -> dict[str, Any]:
     """Every process has reference images of its own, as with a disk in each node, and the last one lacks a file: what is said."""
-    kind, prompts = registry.find("rewards", "adversarial_dino"), ["thing 0", "thing 1"]
-    said = []
+    kind, prompts, said = registry.find("rewards", "adversarial_dino"), ["thing 0", "thing 1"], []
     for gone in (False, True):
         with tempfile.TemporaryDirectory() as own:
             index = write_references(Path(own), {text: [np.zeros((16, 16, 3), np.uint8)] for text in prompts})

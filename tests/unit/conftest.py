@@ -108,6 +108,7 @@ def special(
             "artifact_adaptive": classifier | {"labeller": {"type": "vividness"}},
             "preference": {"path": write_preference(tmp_path_factory.mktemp("preference"), dino_folder, clip_folder)},
             "artifact_judge": {"path": qwen_folder, "precision": "fp32", "answer_mass": 0},
+            "pairwise_judge": {"path": qwen_folder, "precision": "fp32", "answer_mass": 0},
         }
 
 
