@@ -1,11 +1,20 @@
-"""Whether the rewards that a regulariser names are there and serve as they should. Reads configs alone."""
+"""Rewards that a regulariser names: whether they are there and serve as they should. Reads configs alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from t2irl import registry
-from t2irl.config import Run
+from t2irl.config import Run, Strict
+
+
+class Passed(Strict):
+    """Which images are good enough."""
+
+    reward: str
+    """Name of a reward."""
+    at: float
+    """Its score must be above this, in its own unit."""
 
 
 def trained_problem(run: Run, names: Sequence[str], key: str) -> str | None:
@@ -23,13 +32,20 @@ def auxiliary_problem(run: Run, names: Sequence[str], key: str) -> str | None:
     if not names:
         return f"needs {key}: names of rewards of weight 0 that judge the same pictures"
     for name in names:
-        if name in run.heldout_rewards:
-            return f"has {key}: {name!r}, a held-out reward, which is not scored on rollouts: move it to rewards, with weight: 0"
-        if name not in run.rewards:
-            return f"has {key}: {name!r}, which is not among the rewards: {', '.join(run.rewards)}.{_near(run, name)}"
+        if problem := scored_problem(run, name, key):
+            return problem
         if run.rewards[name].weight != 0:
             return f"has {key}: {name!r}, which is trained on (weight {run.rewards[name].weight:g}), but only a reward of weight 0 is a witness"
     return _twice(names, key)
+
+
+def scored_problem(run: Run, name: str, key: str) -> str | None:
+    """The same as a reward that rollouts are scored with, of any weight."""
+    if name in run.heldout_rewards:
+        return f"has {key}: {name!r}, a held-out reward, which is not scored on rollouts: move it to rewards, with weight: 0"
+    if name not in run.rewards:
+        return f"has {key}: {name!r}, which is not among the rewards: {', '.join(run.rewards)}.{_near(run, name)}"
+    return None
 
 
 def _near(run: Run, name: str) -> str:

@@ -173,7 +173,7 @@ def combined() -> dict[str, Any]:
                 "filter": {"type": "best_worst"}, "base_images": 13,
             },
             "regularizers": {
-                "chi": {"type": "chi_square", "coefficient": 0.1},
+                "chi": {"type": "chi_square", "coefficient": 0.1}, "seen": {"type": "chi_square_image", "path": None},
                 "wide": {"type": "diversity_logdet", "path": None, "allow_on_failures": True, "base_prompts": 3},
             },
             "update": {"per_iteration": 2, "batch_size": 5},
