@@ -175,9 +175,9 @@ def combined() -> dict[str, Any]:
             "regularizers": {
                 "chi": {"type": "chi_square", "coefficient": 0.1}, "seen": {"type": "chi_square_image", "path": None},
                 "wide": {"type": "diversity_logdet", "path": None, "allow_on_failures": True, "base_prompts": 3},
+                "own": {"type": "sft", "passed": {"reward": "dark", "at": -9}, "images": 3},
             },
-            "update": {"per_iteration": 2, "batch_size": 5},
-            "optimizer": {"lr": 0.05, "eps": 0.01},
+            "update": {"per_iteration": 2, "batch_size": 5}, "optimizer": {"lr": 0.05, "eps": 0.01},
         }
     )  # fmt: skip
     parts, context = toy_parts(run), SimpleNamespace(timed=lambda stage, total: nullcontext())
