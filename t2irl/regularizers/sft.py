@@ -17,7 +17,7 @@ from t2irl.data import noise_seed
 from t2irl.dynamics.base import per_sample
 from t2irl.errors import ConfigError
 from t2irl.geometry import even_chunks
-from t2irl.guards.auxiliary import Passed, scored_problem
+from t2irl.guards.auxiliary import Passed, unknown_problem
 from t2irl.policy import Policy
 from t2irl.references import ReferenceImages
 from t2irl.regularizers.base import Regularizer
@@ -74,7 +74,7 @@ class Sft(Regularizer):
 
         def problem(self, run: Run) -> str | None:
             """More images than there are to put them beside, or a reward that is not there."""
-            if self.passed is not None and (found := scored_problem(run, self.passed.reward, "passed.reward")):
+            if self.passed is not None and (found := unknown_problem(run, self.passed.reward, "passed.reward")):
                 return found
             most = run.rollout.prompts * run.rollout.group_size // run.update.per_iteration
             if self.images > most:
