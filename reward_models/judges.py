@@ -78,6 +78,13 @@ class Judge(Protocol):
         """
         ...
 
+    def log_choices(self, shown: Sequence[Sequence[Image.Image]], instruction: str, words: Sequence[str]) -> Tensor:
+        """As `log_words`, about several pictures shown together, in this order, in each question: (questions, words) float64.
+
+        All questions show equally many pictures.
+        """
+        ...
+
     def reply(self, request: str, pictures: Sequence[Image.Image], seed: int, temperature: float, length: int) -> str:
         """Free text about some pictures, shown together, or about none; at most `length` tokens."""
         ...
@@ -121,25 +128,32 @@ class LocalJudge:
 
     def log_answers(self, pictures: Sequence[Image.Image], instruction: str) -> Tensor:
         """See `Judge`; one forward pass for pictures of equal size."""
-        return self._log_tokens(pictures, instruction, self._answers)
+        return self._log_tokens([[picture] for picture in pictures], instruction, self._answers)
 
     def log_words(self, pictures: Sequence[Image.Image], instruction: str, words: Sequence[str]) -> Tensor:
         """See `Judge`."""
+        return self.log_choices([[picture] for picture in pictures], instruction, words)
+
+    def log_choices(self, shown: Sequence[Sequence[Image.Image]], instruction: str, words: Sequence[str]) -> Tensor:
+        """See `Judge`; one forward pass for questions whose pictures are equally large."""
         first = [
             sorted(
                 {self.tokenizer.encode(way, add_special_tokens=False)[0] for way in spellings(word) if way[0] != " "}
             )
             for word in words
         ]
-        return self._log_tokens(pictures, instruction, first)
+        return self._log_tokens(shown, instruction, first)
 
     @torch.no_grad()
-    def _log_tokens(self, pictures: Sequence[Image.Image], instruction: str, tokens: Sequence[list[int]]) -> Tensor:
-        """Log-probability of any of several lists of first tokens."""
-        found = torch.empty(len(pictures), len(tokens), dtype=torch.float64)
-        for size in dict.fromkeys(picture.size for picture in pictures):  # equal sizes need no padding
-            rows = [k for k, picture in enumerate(pictures) if picture.size == size]
-            inputs = self._inputs(instruction, [[pictures[k]] for k in rows])
+    def _log_tokens(
+        self, shown: Sequence[Sequence[Image.Image]], instruction: str, tokens: Sequence[list[int]]
+    ) -> Tensor:
+        """Log-probability of any of several lists of first tokens, (questions, lists)."""
+        found = torch.empty(len(shown), len(tokens), dtype=torch.float64)
+        sizes = [tuple(picture.size for picture in pictures) for pictures in shown]
+        for size in dict.fromkeys(sizes):  # equal sizes need no padding
+            rows = [k for k, other in enumerate(sizes) if other == size]
+            inputs = self._inputs(instruction, [list(shown[k]) for k in rows])
             logits = self.model(**inputs, logits_to_keep=1).logits[:, -1].double()
             log_probs = logits.log_softmax(-1)
             found[rows] = torch.stack([log_probs[:, ids].logsumexp(-1) for ids in tokens], 1).cpu()
@@ -230,29 +244,33 @@ class ServerJudge:
         """See `Judge`; a spelling that is not among the `top` likeliest tokens counts as impossible."""
         rows = [
             [_log_sum([p for token, p in found if token in spellings(word)]) for word in ("yes", "no")]
-            for found in self._likeliest(pictures, instruction)
+            for found in self._likeliest([[picture] for picture in pictures], instruction)
         ]
         return torch.tensor(rows, dtype=torch.float64).view(-1, 2)
 
     def log_words(self, pictures: Sequence[Image.Image], instruction: str, words: Sequence[str]) -> Tensor:
+        """See `Judge`."""
+        return self.log_choices([[picture] for picture in pictures], instruction, words)
+
+    def log_choices(self, shown: Sequence[Sequence[Image.Image]], instruction: str, words: Sequence[str]) -> Tensor:
         """See `Judge`; beginnings that are not among the `top` likeliest tokens count as impossible."""
         rows = [
             [
                 _log_sum([p for token, p in found if token.strip() and word.startswith(token.strip().lower())])
                 for word in words
             ]
-            for found in self._likeliest(pictures, instruction)
+            for found in self._likeliest(shown, instruction)
         ]
         return torch.tensor(rows, dtype=torch.float64).view(-1, len(words))
 
-    def _likeliest(self, pictures: Sequence[Image.Image], instruction: str) -> list[list[tuple[str, float]]]:
+    def _likeliest(self, shown: Sequence[Sequence[Image.Image]], instruction: str) -> list[list[tuple[str, float]]]:
         with ThreadPoolExecutor(self.parallel) as pool:
-            return list(pool.map(lambda picture: self._first_tokens(picture, instruction), pictures))
+            return list(pool.map(lambda pictures: self._first_tokens(pictures, instruction), shown))
 
-    def _first_tokens(self, picture: Image.Image, instruction: str) -> list[tuple[str, float]]:
+    def _first_tokens(self, pictures: Sequence[Image.Image], instruction: str) -> list[tuple[str, float]]:
         """Tokens that the answer may begin with, and their log-probabilities."""
         wanted = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": self.top}
-        choice = self._chat(instruction, [picture], wanted)
+        choice = self._chat(instruction, pictures, wanted)
         try:
             return [
                 (entry["token"], float(entry["logprob"])) for entry in choice["logprobs"]["content"][0]["top_logprobs"]

@@ -96,7 +96,7 @@ def iteration(run: Run, parts: Parts, timer: Timer, number: int) -> None:
         "decode",
         lambda: [parts.family.pictures(trajectory.final[c]) for c in even_chunks(len(groups), run.rollout.batch_size)],
     )
-    timer("score", lambda: parts.rewards.score(trajectory.images, groups))
+    timer("score", lambda: parts.rewards.score(trajectory.images, groups, whole=True))
     # No advantage is 0 here, so that nothing is skipped and both arms do the same work.
     advantages = torch.randn(len(groups), generator=torch.Generator().manual_seed(number))
     chosen = list(updates(trajectory, advantages, parts.geometry, run.seed, number, skip=True))

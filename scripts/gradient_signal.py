@@ -33,7 +33,7 @@ def gradient(run: Run, parts: Parts, number: int) -> list[Tensor]:
     policy, groups, window = parts.policy, own_groups(run, parts), parts.geometry.trained_timesteps(number, run.seed)
     levels, noise = parts.family.levels(run.rollout.steps), Noise(run.seed, number, run.rollout.same_noise)
     trajectory = rollout(policy, groups, levels, window, noise, run.rollout.batch_size)
-    scores = parts.rewards.score(trajectory.images, groups)
+    scores = parts.rewards.score(trajectory.images, groups, whole=True)
     ids = torch.tensor(groups.ids)
     advantages = group_advantages(scores, parts.rewards.weights, ids, run.advantage).float()
     share = 1 / (parts.geometry.images * parts.geometry.window_size)

@@ -40,6 +40,8 @@ class Geometry:
         """The geometry of a run. Raises ConfigError with every problem and the nearest legal values."""
         geometry = cls(run, world_size)
         problems = [*_splits(geometry), *_window(geometry), *_dynamics(geometry)]
+        if not problems:
+            problems = [*_groups(geometry)]
         if problems:
             raise ConfigError("\n".join(problems))
         return geometry
@@ -211,6 +213,19 @@ def _splits(g: Geometry) -> Iterator[str]:
             f"({rest}). Use {either(g.legal_updates)} updates, or {either(g.legal_prompts)} prompts, or a group size of "
             f"{either(g.legal_group_sizes)}"
         )
+
+
+def _groups(g: Geometry) -> Iterator[str]:
+    rollout = g.run.rollout
+    for name, config in g.run.rewards.items():
+        if not g.whole_groups and registry.find("rewards", config.type).whole_groups:
+            updates = g.updates_per_iteration // math.gcd(g.updates_per_iteration, rollout.group_size)
+            prompts = nearest_multiples(rollout.prompts, math.lcm(g.world_size, updates), 1)
+            yield (
+                f"rewards.{name}: type {config.type} compares the images of a group, but rollout.prompts = {rollout.prompts} over "
+                f"{g.world_size} processes leaves groups on several of them. Use {either(prompts)} prompts, or launch with "
+                f"{either(nearest_divisors(rollout.prompts, g.world_size))} processes"
+            )
 
 
 def _window(g: Geometry) -> Iterator[str]:

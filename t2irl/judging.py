@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
+from torch import Tensor
 
 from reward_models.judges import Judge, LocalJudge, ServerJudge
-from t2irl.errors import ConfigError, DataError
+from t2irl.errors import ConfigError, DataError, RunError
 from t2irl.models.base import DTYPES
 from t2irl.rewards.base import Reward
+from t2irl.utils import distributed
 
 
 class JudgeConfig(Reward.Config):
@@ -49,6 +53,58 @@ class JudgeConfig(Reward.Config):
                     "or drop it", {"name": name, "value": getattr(self, name)},
                 )  # fmt: skip
         return self
+
+
+class JudgeReward(Reward):
+    """A reward that asks such a model, and counts the questions that it did not answer."""
+
+    judge: Judge
+    """The model; made by the subclass, once its cheaper checks are passed."""
+
+    def __init__(self, config: Any, device: torch.device):
+        super().__init__(config, device)
+        self.asked = self.silent = 0
+
+    @property
+    def elsewhere(self) -> bool:
+        """Behind a server."""
+        return self.config.server is not None
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Inside, a server that is gone raises RunError."""
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"reward {self.config.type}: {error}. The last checkpoint is good; start the run again"
+            ) from error
+
+    def count(self, answered: Tensor) -> None:
+        """Note for `report` which questions, (n,) bool, were answered."""
+        self.asked, self.silent = self.asked + len(answered), self.silent + int((~answered).sum())
+
+    def report(self) -> dict[str, float]:
+        """Share of the counted questions that were not answered; nothing without any."""
+        counts = torch.tensor(distributed.gather_objects([self.asked, self.silent])).sum(0).tolist()
+        self.asked = self.silent = 0
+        return {"unanswered": counts[1] / counts[0]} if counts[0] else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `report` has not told yet."""
+        return {"asked": self.asked, "silent": self.silent}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.asked, self.silent = state["asked"], state["silent"]
+
+
+def read_question(config: Any) -> str:
+    """The text of the file `config.question`. Raises DataError."""
+    try:
+        return config.question.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"reward {config.type}: question = {config.question}: cannot be read: {error}") from error
 
 
 def make_judge(config: Any, device: torch.device) -> Judge:

@@ -344,7 +344,7 @@ def _unknown_key(place: Place, layer: Layer) -> str:
             return f"unknown key here; it belongs to type: {choice}. Known: {', '.join(known)}"
         if path.split(".")[-1] == key:
             namesakes[path] = choice
-    near = [_dotted((*above, k)) for k in difflib.get_close_matches(key, known, n=1)] or list(namesakes)
-    if near:
+    close = [k for k in known if k.endswith(f"_{key}")] or difflib.get_close_matches(key, known, n=1)
+    if near := [_dotted((*above, k)) for k in close] or list(namesakes):
         return f"unknown key. Did you mean {' or '.join(near)}?"
     return f"unknown key. Known {f'keys of {_dotted(above)}' if above else 'keys'}: {', '.join(known)}"

@@ -28,8 +28,8 @@ class Scorer:
     """All rewards on all pictures of a rollout, as `RewardSet.score`: in its batches and in its order.
 
     With `overlap` a thread scores a batch as soon as it is drawn. It is one thread that takes batch after batch, so every
-    reward sees the calls that it would see afterwards, and the scores are the same to the bit. None: where a reward is
-    computed elsewhere. On a GPU the thread has a stream of its own.
+    reward sees the calls that it would see afterwards, and the scores are the same to the bit. Rewards that need whole groups
+    are asked when all is drawn. None: where a reward is computed elsewhere. On a GPU the thread has a stream of its own.
     """
 
     def __init__(self, rewards: RewardSet, overlap: bool | None):
@@ -67,7 +67,7 @@ class Scorer:
             self.rewards.score_batch(images[rows], groups[rows]) for rows in late
         ]
         hidden = sum(max(min(batch.ended, asked) - batch.begun, 0.0) for batch in early)
-        return self.rewards.joined(found), {"time/score_hidden_s": hidden} if self.overlap else {}
+        return self.rewards.joined(found, images, groups), {"time/score_hidden_s": hidden} if self.overlap else {}
 
     def close(self) -> None:
         """Score no more. A call that is under way ends by itself."""

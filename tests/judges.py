@@ -82,8 +82,8 @@ class Stub:
         self.headers: list[dict[str, str]] = []
         self.failures: list[int] = []
         """HTTP codes to fail with, one a request, before anything works."""
-        self.answer: Callable[[Image.Image], dict[str, float]] = brightness
-        """Token probabilities for a picture."""
+        self.answer: Callable[..., dict[str, float]] = brightness
+        """Token probabilities for the pictures of a request."""
         self.reply: Callable[[str], str] = lambda text: "a reply"
         """Free text for a request."""
         self.url = ""
@@ -123,8 +123,9 @@ def serving() -> Iterator[Stub]:
             content = body["messages"][0]["content"]
             if not body.get("logprobs"):
                 return self.send(200, {"choices": [{"message": {"content": stub.reply(content[0]["text"])}}]})
-            picture = Image.open(io.BytesIO(base64.b64decode(content[1]["image_url"]["url"].split(",")[1])))
-            top = [{"token": t, "logprob": math.log(max(p, 1e-12))} for t, p in stub.answer(picture).items()]
+            coded = [part["image_url"]["url"].split(",")[1] for part in content[1:]]
+            pictures = [Image.open(io.BytesIO(base64.b64decode(text))) for text in coded]
+            top = [{"token": t, "logprob": math.log(max(p, 1e-12))} for t, p in stub.answer(*pictures).items()]
             self.send(200, {"choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}]})
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

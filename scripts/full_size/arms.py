@@ -67,7 +67,7 @@ def iteration(run: Run, parts: Parts, stages: Stages, number: int) -> dict[str, 
     with stages.stage("denoise"):
         trajectory = rollout(parts.policy, groups, levels, window, Noise(run.seed, number), run.rollout.batch_size)
     with stages.stage("score"):
-        parts.rewards.score(trajectory.images, groups)
+        parts.rewards.score(trajectory.images, groups, whole=True)
     advantages = torch.randn(len(groups), generator=torch.Generator().manual_seed(number))
     log = UpdateLog(parts.family.device)
     for images in updates(trajectory, advantages, parts.geometry, run.seed, number, skip=False):

@@ -88,15 +88,16 @@ class AdversarialReward(ReferenceReward):
         """Changes of the pictures that it learns from."""
         replay: Replay | None = None
         """Older rollout images that it learns from as well; null: none."""
-        reencode: bool = False
+        reencode: bool = True
         """Put reference images through the policy's image encoder and decoder first, so that the decoder's traces tell
-        nothing. They take the same 8-bit path as rollouts in any case."""
+        nothing. They take the same 8-bit path as rollouts in any case. Published: false, which a model that encodes no
+        images needs."""
         heldout: float = Field(0.125, ge=0, lt=1)
         """Share of the reference images that it never learns from: heldout_accuracy and heldout_auc are measured on them."""
         memory_gib: PositiveFloat = 1.0
         """Memory for features of reference images and for re-encoded ones on the host, and for features of the last rollout
         on the device, each, per process."""
-        cache: Path | None = None
+        feature_cache: Path | None = None
         """Folder where features of reference images are kept from run to run, by content; null: in memory only. With the
         patches of a large backbone that is some MiB an image."""
 
@@ -191,7 +192,7 @@ class AdversarialReward(ReferenceReward):
         return tuple(x.to(self.device) for x in self._features.of(files))
 
     def _feature_cache(self) -> FeatureCache:
-        folder, name = self.config.cache, ""
+        folder, name = self.config.feature_cache, ""
         if folder is not None:
             way = f"{self.family.config.path} {self.family.config.vae_precision}" if self.config.reencode else ""
             name = f"{self.critic.fingerprint()} {self._side} {way}"

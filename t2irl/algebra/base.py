@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from t2irl.errors import ConfigError
 from t2irl.geometry import even_chunks
 from t2irl.rollout import Noise, rollout
 from t2irl.types import PromptGroups
@@ -132,7 +133,16 @@ def keeping(
 def base_scores(
     parts: Parts, names: Sequence[str], batches: Iterable[tuple[PromptGroups, Tensor]]
 ) -> dict[str, Tensor]:
-    """Scores (N,) float64 by the rewards `names` of the pictures that all processes have, in the order of processes."""
+    """Scores (N,) float64 by the rewards `names` of the pictures that all processes have, in the order of processes.
+
+    Raises ConfigError for a reward that compares images of a group, to which the base model's images do not belong.
+    """
+    for name in names:
+        if parts.rewards.rewards[name].whole_groups:
+            raise ConfigError(
+                f"combine: rewards.{name}: type {parts.rewards.rewards[name].config.type} compares the images of a group, so it has "
+                "no scores of the base model's images; leave out what measures it against them"
+            )
     table: dict[str, list[float]] = {name: [] for name in names}
     rewards = parts.rewards.only(names)
     with distributed.together(rewards.device):

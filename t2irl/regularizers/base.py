@@ -1,18 +1,29 @@
-"""The interface of a regulariser: three hooks, each a no-op by default."""
+"""The interface of a regulariser: three hooks, each a no-op by default; and what those share that look at pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from reward_models.vision import VisionBackbone
 from t2irl.config import Run, Strict
+from t2irl.errors import DataError
+from t2irl.geometry import even_chunks
+from t2irl.models.base import DTYPES
 from t2irl.policy import Policy
 from t2irl.types import Clock, MicroBatch, Prediction, Rollout
 
 if TYPE_CHECKING:
     from t2irl.train import Parts
+
+PIXEL_SIDE = 16
+"""Side that pictures are shrunk to where their pixels are the features."""
 
 
 class Regularizer:
@@ -75,3 +86,46 @@ class Regularizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
+
+
+class PictureRegularizer(Regularizer):
+    """A regulariser that looks at features of the pictures."""
+
+    class Config(Regularizer.Config):
+        """Settings that all of them have."""
+
+        path: Path | None = Path("assets/tiny-dinov2")
+        """Folder of a vision transformer: DINOv2, DINOv3, SigLIP or CLIP, of transformers, timm or open_clip; published
+        for `diversity`: DINOv3 ViT-L/16. null: the pixels themselves, shrunk to 16 x 16."""
+        layers: tuple[int, ...] = Field((-1,), min_length=1)
+        """Blocks whose outputs are the features, joined; negative ones count from the end."""
+        size: PositiveInt | None = None
+        """Side of the backbone's input in pixels; null: the folder's own."""
+        precision: Literal["fp32", "bf16"] = "fp32"
+        """Dtype of the backbone's blocks."""
+        token: Literal["patches", "cls"] = "patches"
+        """The mean of the patches, as published for `diversity`, or the vector of the whole picture."""
+
+    def prepare(self, name: str, parts: Parts) -> None:
+        """Load the backbone."""
+        c, device = self.config, parts.family.device
+        self.device, self.batch_size = device, parts.geometry.run.rollout.batch_size
+        try:
+            self.backbone = c.path and VisionBackbone.load(
+                c.path, device, c.layers, size=c.size, dtype=DTYPES[c.precision]
+            )
+        except (OSError, ValueError) as error:
+            raise DataError(f"regularizers.{name}: path = {c.path}: {error}") from error
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Of pictures (B, 3, H, W) uint8: (B, D) float32."""
+        parts = []
+        for chunk in even_chunks(len(images), self.batch_size):
+            pictures = images[chunk].to(self.device).float().div(255)
+            if self.backbone is None:
+                parts.append(F.adaptive_avg_pool2d(pictures, PIXEL_SIDE).flatten(1) - 0.5)
+            else:
+                found = self.backbone(pictures)
+                parts.append(found.cls if self.config.token == "cls" else found.patches.mean(1))
+        return torch.cat(parts)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from t2irl.algebra.base import base_features
 from t2irl.algebra.diversity import kernel, logdet_credit, median_distance
-from t2irl.config import Run, Strict
-from t2irl.guards.auxiliary import trained_problem
-from t2irl.regularizers.diversity import Diversity
+from t2irl.config import Run
+from t2irl.guards.auxiliary import Passed, trained_problem
+from t2irl.regularizers.base import PictureRegularizer
 from t2irl.types import Rollout
 from t2irl.utils import distributed
 
@@ -20,16 +20,7 @@ if TYPE_CHECKING:
     from t2irl.train import Parts
 
 
-class Passed(Strict):
-    """Which images are good enough for diversity to count."""
-
-    reward: str
-    """Name of a reward trained on."""
-    at: float
-    """Its score must be above this, in its own unit."""
-
-
-class DiversityLogdet(Diversity):
+class DiversityLogdet(PictureRegularizer):
     """advantage + weight x z-score of D among the group's good images; D_i = log det(I + L) - log det(I + L without i).
 
     L_ij = q_i q_j k(f_i, f_j), k = exp(-(1 - cosine) / h): the determinant is the volume that the images span, so the credit of an
@@ -37,17 +28,17 @@ class DiversityLogdet(Diversity):
     0. Hacked by backgrounds and textures that features see and people do not.
     """
 
-    class Config(Diversity.Config):
+    class Config(PictureRegularizer.Config):
         """Settings."""
 
-        type: Literal["diversity_logdet"] = "diversity_logdet"  # type: ignore[assignment]
+        type: Literal["diversity_logdet"] = "diversity_logdet"
         weight: PositiveFloat = 0.2
         """What one standard deviation of the credit is worth, in units of the advantage."""
         only: Literal["all", "positive"] = "all"
         """Whose advantage changes: of all images that pass, or, multiplied by 1 + weight x z-score (at least 0), only of those that
         have a positive one."""
         passed: Passed | None = None
-        """Which images count; needed unless `allow_on_failures`, since odd failures are the most diverse of all."""
+        """Which images count, by a reward trained on; needed unless `allow_on_failures`, since odd failures are the most diverse of all."""
         allow_on_failures: bool = False
         """All images count."""
         quality: Literal["equal", "advantage"] = "equal"
@@ -70,6 +61,7 @@ class DiversityLogdet(Diversity):
         """Load the backbone."""
         super().prepare(name, parts)
         self.parts, self.bandwidth = parts, self.config.bandwidth
+        self.found: dict[str, float] = {}
 
     def shape(self, advantages: Tensor, rollout: Rollout) -> Tensor:
         """Advantages with the credit added; groups may lie across processes."""
@@ -94,6 +86,10 @@ class DiversityLogdet(Diversity):
             "bandwidth": self.bandwidth,
         }
         return shaped[rollout.own].to(advantages)
+
+    def metrics(self) -> dict[str, float]:
+        """Mean credit of the images that pass, their share, and the bandwidth."""
+        return self.found
 
     def state_dict(self) -> dict[str, Any]:
         """The bandwidth, once it was measured."""

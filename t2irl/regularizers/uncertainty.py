@@ -173,7 +173,7 @@ class Uncertainty(Regularizer):
         for number in range(1, c.evaluations if c.estimator in SETTINGS["evaluations"] else 1):
             images = self._version(rollout, number)
             with distributed.together(device):
-                found = self.rewards.score(images, trajectory.groups)
+                found = self.rewards.score(images, trajectory.groups, whole=True)
             for name, scores in found.items():
                 columns[name].append(distributed.gather_rows(scores, device))
         return {name: torch.stack(values, 1).double() for name, values in columns.items()}

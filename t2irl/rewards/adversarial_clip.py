@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 
 from reward_models.clip import ClipScorer
 from reward_models.critics import ClipCritic
@@ -43,6 +44,18 @@ class AdversarialClip(AdversarialReward):
         """When the adversary learns, and whether the policy then does."""
         lr: PositiveFloat = 5e-6
         """Learning rate. Published."""
+
+        @model_validator(mode="before")
+        @classmethod
+        def _no_spectral_norm(cls, data: Any) -> Any:
+            # Known from adversarial_dino, so an unknown key would not be answer enough.
+            if isinstance(data, dict) and "spectral_norm" in data:
+                raise PydanticCustomError(
+                    "adversary", "spectral_norm: {value} is for new weights, those of adversarial_dino's head; dividing the "
+                    "trained matrices of a CLIP would make another model of it. Drop it; penalty (R1) keeps this one smooth",
+                    {"value": str(data["spectral_norm"]).lower()},
+                )  # fmt: skip
+            return data
 
     def make_critic(self, seed: int) -> ClipCritic:
         """The CLIP of the folder; there are no new weights."""

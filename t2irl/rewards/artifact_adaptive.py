@@ -105,7 +105,7 @@ class ArtifactAdaptive(Artifact):
                 "{type: artifact_judge, server: http://HOST:PORT/v1}, or use type: artifact"
             )
         self.labeller: Reward = registry.build("rewards", config.labeller, device)
-        if self.labeller.learns or not self.labeller.per_image:
+        if self.labeller.learns or self.labeller.whole_groups or not self.labeller.per_image:
             raise ConfigError(
                 f"reward artifact_adaptive: labeller.type = {config.labeller.type}: expected a fixed reward of single pictures"
             )

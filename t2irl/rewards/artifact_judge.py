@@ -11,14 +11,12 @@ from pydantic import Field
 from torch import Tensor
 
 from reward_models.judges import LEAST_MASS, SEED_INSTRUCTION, cleanliness, to_pictures
-from t2irl.errors import DataError, RunError
-from t2irl.judging import JudgeConfig, make_judge
-from t2irl.rewards.base import Reward
+from t2irl.errors import DataError
+from t2irl.judging import JudgeConfig, JudgeReward, make_judge
 from t2irl.types import PromptGroups
-from t2irl.utils import distributed
 
 
-class ArtifactJudge(Reward):
+class ArtifactJudge(JudgeReward):
     """P(no) / (P(no) + P(yes)) for the question whether a picture has artifacts: in [0, 1], 1 is clean.
 
     The prompt is not shown. Only the instruction was tuned (`reward_models/recipes/tune_instruction.py`), nothing learns
@@ -41,12 +39,6 @@ class ArtifactJudge(Reward):
         super().__init__(config, device)
         self.instructions = read_instructions(config.instruction or SEED_INSTRUCTION)
         self.judge = make_judge(config, device)
-        self.asked = self.silent = 0
-
-    @property
-    def elsewhere(self) -> bool:
-        """Behind a server."""
-        return self.config.server is not None
 
     def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
         """Probability that each picture is clean, (B,) float32: mean over the instructions."""
@@ -56,30 +48,12 @@ class ArtifactJudge(Reward):
         """The same for every instruction by itself, (K, B) float64 on the CPU. Raises RunError when the judge is gone."""
         pictures, found = to_pictures(images, self.config.jpeg), []
         for instruction in self.instructions:
-            try:
+            with self.asking():
                 answers = self.judge.log_answers(pictures, instruction)
-            except OSError as error:
-                raise RunError(
-                    f"reward artifact_judge: {error}. The last checkpoint is good; start the run again"
-                ) from error
             clean, answered = cleanliness(answers[:, 0], answers[:, 1], self.config.answer_mass)
-            self.asked, self.silent = self.asked + len(answered), self.silent + int((~answered).sum())
+            self.count(answered)
             found.append(clean)
         return torch.stack(found)
-
-    def report(self) -> dict[str, float]:
-        """Share of the questions that were not answered by yes or no."""
-        counts = torch.tensor(distributed.gather_objects([self.asked, self.silent])).sum(0).tolist()
-        self.asked = self.silent = 0
-        return {"unanswered": counts[1] / counts[0]} if counts[0] else {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """What `report` has not told yet."""
-        return {"asked": self.asked, "silent": self.silent}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        self.asked, self.silent = state["asked"], state["silent"]
 
 
 def read_instructions(file: Path) -> tuple[str, ...]:

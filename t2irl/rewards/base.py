@@ -38,6 +38,9 @@ class Reward:
     """Whether NaN is a legal score, meaning 'does not apply to this image'."""
     per_image = True
     """Whether `score` is defined. A measure of whole sets of pictures has `measure` instead and can only be held out."""
+    whole_groups = False
+    """Whether a score depends on the other images of the group. Such a reward is given all images of a group in one call, once
+    the rollout is drawn. Pictures outside rollouts (evaluations, grids, the base model's) get NaN from it."""
     needs_heldout = True
     """Whether `prepare` wants the held-out prompts as well, which are scored at evaluation but never trained on."""
     seed = 0

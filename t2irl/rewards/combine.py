@@ -41,8 +41,8 @@ class RewardSet:
 
     @property
     def elsewhere(self) -> bool:
-        """Whether any reward is computed by another program."""
-        return any(reward.elsewhere for reward in self.rewards.values())
+        """Whether any reward that can be given pictures as they are drawn is computed by another program."""
+        return any(reward.elsewhere and not reward.whole_groups for reward in self.rewards.values())
 
     def prepare(self, prompts: Sequence[str], heldout: Sequence[str], family: ModelFamily, trained: bool) -> None:
         """Give every reward the run's prompts. Raises ConfigError for one that cannot serve as it should: `trained` on, or
@@ -59,34 +59,58 @@ class RewardSet:
                     f"heldout_rewards.{name}: this {reward.config.type} learns, but held-out rewards are only measured; "
                     "move it to rewards, or set its `frozen` to an exported one"
                 )
+            if not trained and reward.whole_groups:
+                raise ConfigError(
+                    f"heldout_rewards.{name}: {reward.config.type} compares the images of a group with each other, so it says "
+                    "nothing of held-out pictures as a whole; move it to rewards"
+                )
             reward.prepare(reward.prompts_of(prompts, heldout, trained), family)
 
-    def score(self, images: Tensor, groups: PromptGroups) -> dict[str, Tensor]:
+    def score(self, images: Tensor, groups: PromptGroups, whole: bool = False) -> dict[str, Tensor]:
         """Score (B, 3, H, W) uint8 pictures: name -> (B,) float32 on the CPU.
 
-        Raises RunError, with the prompt, for an infinite score, and for NaN from a reward that may not skip images.
+        `whole`: all images of their groups are here, as in a rollout; otherwise rewards that need that give NaN. Raises
+        RunError, with the prompt, for an infinite score, and for NaN from a reward that may not skip images.
         """
-        return self.joined([self.score_batch(images[rows], groups[rows]) for rows in self.batches(len(groups))])
+        batches = [self.score_batch(images[rows], groups[rows]) for rows in self.batches(len(groups))]
+        return self.joined(batches, images, groups, whole)
 
     def batches(self, images: int) -> list[slice]:
         """The batches in which so many images are scored, in order."""
         return even_chunks(images, self.batch_size)
 
     def score_batch(self, images: Tensor, groups: PromptGroups) -> dict[str, Tensor]:
-        """As `score`, of one batch, by all rewards in turn."""
-        pictures, scores = images.to(self.device).float().div(255), {}
+        """As `score`, of one batch, by all rewards in turn, but for those that need whole groups."""
+        rewards = {name: reward for name, reward in self._per_image().items() if not reward.whole_groups}
+        return self._scores(rewards, images, groups)
+
+    def joined(
+        self, batches: Sequence[Mapping[str, Tensor]], images: Tensor, groups: PromptGroups, whole: bool = True
+    ) -> dict[str, Tensor]:
+        """The scores of a whole rollout from those of its batches, and from rewards that need whole groups, a group a call;
+        `update` will know them. `images`, `groups`, `whole`: see `score`.
+        """
+        self._latest = {}
         for name, reward in self._per_image().items():
+            if not reward.whole_groups:
+                self._latest[name] = torch.cat([torch.empty(0), *(batch[name] for batch in batches)])
+                continue
+            self._latest[name] = torch.full((len(groups),), torch.nan)
+            for line in dict.fromkeys(groups.ids) if whole else ():
+                rows = [k for k, other in enumerate(groups.ids) if other == line]
+                self._latest[name][rows] = self._scores({name: reward}, images[rows], groups[rows])[name]
+        return dict(self._latest)
+
+    def _scores(self, rewards: Mapping[str, Reward], images: Tensor, groups: PromptGroups) -> dict[str, Tensor]:
+        """Scores of uint8 pictures by some of the rewards, checked."""
+        pictures, scores = images.to(self.device).float().div(255), {}
+        for name, reward in rewards.items():
             self.work["reward_calls"] += 1
             self.work["scored_images"] += len(groups)
             with torch.no_grad():
                 scores[name] = reward.score(pictures, groups).float().cpu()
             self._check(name, reward, scores[name], groups)
         return scores
-
-    def joined(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The scores of a whole rollout from those of its batches; `update` will know them."""
-        self._latest = {n: torch.cat([torch.empty(0), *(batch[n] for batch in batches)]) for n in self._per_image()}
-        return dict(self._latest)
 
     def only(self, names: Collection[str]) -> RewardSet:
         """Some of these rewards: the same objects in a set of their own."""

@@ -43,9 +43,9 @@ class PosthocDiscriminator(ReferenceReward):
         """Blocks whose outputs are the features, joined; negative ones count from the end."""
         references: ReferenceImages.Config | None = None
         """Reference images of the held-out prompts; needed."""
-        reencode: bool = False
+        reencode: bool = True
         """Put reference images through the policy's image encoder and decoder first, so that the decoder's traces do not
-        count."""
+        count. A model that encodes no images needs false."""
         batch_size: PositiveInt = 64
         """Pictures in one call of the backbone."""
 

@@ -13,15 +13,13 @@ from torch import Tensor
 
 from reward_models.judges import to_pictures
 from reward_models.vlm_scores import RATE, VQA, levels, marks, vqa
-from t2irl.errors import DataError, RunError
-from t2irl.judging import JudgeConfig, make_judge
-from t2irl.rewards.base import Reward
+from t2irl.judging import JudgeConfig, JudgeReward, make_judge, read_question
 from t2irl.types import PromptGroups
 
 ASK = {"vqa": (vqa, VQA), "unified": (marks, None), "levels": (levels, RATE)}
 
 
-class VlmScore(Reward):
+class VlmScore(JudgeReward):
     """What a frozen model says of picture and prompt, in here or behind an OpenAI-compatible server.
 
     Hacked by written words ("yes", the prompt itself), and by whatever the model takes for granted; `levels` does not read
@@ -57,18 +55,8 @@ class VlmScore(Reward):
         super().__init__(config, device)
         self.may_skip = config.missing == "skip"
         self.ask, published = ASK[config.ask]
-        self.question = published or ""
-        if config.question is not None:
-            try:
-                self.question = config.question.read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"reward vlm_score: question = {config.question}: cannot be read: {error}") from error
+        self.question = (published or "") if config.question is None else read_question(config)
         self.judge = make_judge(config, device)
-
-    @property
-    def elsewhere(self) -> bool:
-        """Behind a server."""
-        return self.config.server is not None
 
     def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
         """What the model says, (B,) float32; NaN where it gives no score. Raises RunError when the server is gone."""
@@ -82,10 +70,7 @@ class VlmScore(Reward):
 
         # A model in here has one device to work on; a server takes several prompts at once.
         workers = self.config.parallel if self.config.server else 1
-        try:
-            with ThreadPoolExecutor(workers) as pool:
-                for rows, values in pool.map(one, dict.fromkeys(groups.index)):
-                    scores[rows] = values
-        except OSError as error:
-            raise RunError(f"reward vlm_score: {error}. The last checkpoint is good; start the run again") from error
+        with self.asking(), ThreadPoolExecutor(workers) as pool:
+            for rows, values in pool.map(one, dict.fromkeys(groups.index)):
+                scores[rows] = values
         return scores.float().to(images.device)

@@ -90,8 +90,10 @@ def _refuse(name: str, reward: Reward, prompts: Path | None) -> None:
         raise ConfigError(f"{where} learns from the policy's pictures, so it cannot be served; keep it in the run")
     if not reward.per_image:
         raise ConfigError(f"{where} measures whole sets of pictures, so it cannot be served; keep it in the run")
+    if reward.whole_groups:
+        raise ConfigError(f"{where} compares the images of a group, so it cannot be served; keep it in the run")
     settings = reward.config.model_dump()
-    if settings.get("reencode"):
+    if settings.get("reencode") and settings.get("references") is not None:
         raise ConfigError(f"{where}: reencode: true needs the run's model, which a server has not; set it to false")
     if settings.get("references") is not None and prompts is None:
         raise ConfigError(

@@ -50,7 +50,7 @@ def together(
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """All scenarios that need no process of their own, in two processes."""
-    return together(tmp_path_factory.mktemp("two"), "transfers,gradients,training,matching,combined,prompts")
+    return together(tmp_path_factory.mktemp("two"), "transfers,gradients,training,matching,combined,prompts,lacking")
 
 
 # The plan of transfers, without processes.
@@ -266,6 +266,15 @@ def test_two_adversaries_stay_one(tmp_path: Path) -> None:
         assert found == pytest.approx(expected, rel=1e-2, abs=2e-3)  # as exact as the scores
     replay, expected = (x["state"]["replay"] for x in (first, alone))
     assert replay["rows"] == expected["rows"] and torch.equal(replay["pictures"], expected["pictures"])
+
+
+def test_a_reference_image_missing_on_one_process_stops_all_of_them(two: list[dict[str, Any]]) -> None:
+    """With the same words, and nobody is left waiting: the next thing that crosses processes still works."""
+    for process in two:
+        fine, missing = process["lacking"]["said"]
+        assert fine == "" and "001_0.png: no such file" in missing and "reward adversarial_dino: references" in missing
+        assert process["lacking"]["waited"] == [0, 1]
+    assert two[0]["lacking"] == two[1]["lacking"]
 
 
 def test_a_process_without_images_takes_part_in_everything(tmp_path: Path) -> None:

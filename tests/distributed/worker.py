@@ -24,6 +24,7 @@ from t2irl.advantages import group_advantages
 from t2irl.algorithms.grpo import Grpo
 from t2irl.batches import micro_batches, updates
 from t2irl.config import Run
+from t2irl.errors import DataError
 from t2irl.geometry import Geometry
 from t2irl.monitor import UpdateLog
 from t2irl.train import Parts, own_groups, shaped, update_policy
@@ -176,11 +177,11 @@ def combined() -> dict[str, Any]:
                 "filter": {"type": "best_worst"}, "base_images": 13,
             },
             "regularizers": {
-                "chi": {"type": "chi_square", "coefficient": 0.1},
+                "chi": {"type": "chi_square", "coefficient": 0.1}, "seen": {"type": "chi_square_image", "path": None},
                 "wide": {"type": "diversity_logdet", "path": None, "allow_on_failures": True, "base_prompts": 3},
+                "own": {"type": "sft", "passed": {"reward": "dark", "at": -9}, "images": 3},
             },
-            "update": {"per_iteration": 2, "batch_size": 5},
-            "optimizer": {"lr": 0.05, "eps": 0.01},
+            "update": {"per_iteration": 2, "batch_size": 5}, "optimizer": {"lr": 0.05, "eps": 0.01},
         }
     )  # fmt: skip
     parts, context = toy_parts(run), SimpleNamespace(timed=lambda stage, total: nullcontext())
@@ -294,7 +295,7 @@ def adversary() -> dict[str, Any]:
         kind = registry.find("rewards", "adversarial_dino")
         config = kind.Config.model_validate(
             {
-                "path": folder / "dino", "lr": 1e-3, "heldout": 0.3, "batch_size": 5,
+                "path": folder / "dino", "lr": 1e-3, "heldout": 0.3, "batch_size": 5, "reencode": False,
                 "references": {"index": folder / "references" / "index.json"},
                 "replay": {"size": 9, "add": 6, "share": 0.5}, "penalty": {"on": "features", "weight": 0.1},
             }
@@ -312,9 +313,26 @@ def adversary() -> dict[str, Any]:
     return found
 
 
+def lacking() -> dict[str, Any]:
+    """Every process has reference images of its own, as with a disk in each node, and the last one lacks a file: what is said."""
+    kind, prompts, said = registry.find("rewards", "adversarial_dino"), ["thing 0", "thing 1"], []
+    for gone in (False, True):
+        with tempfile.TemporaryDirectory() as own:
+            index = write_references(Path(own), {text: [np.zeros((16, 16, 3), np.uint8)] for text in prompts})
+            if gone and distributed.rank() == distributed.world_size() - 1:
+                (Path(own) / "001_0.png").unlink()
+            config = kind.Config.model_validate({"references": {"index": index}})
+            try:
+                kind.check(config, prompts)
+                said.append("")
+            except DataError as error:
+                said.append(str(error))
+    return {"said": said, "waited": distributed.gather_objects(distributed.rank())}
+
+
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     function.__name__: function
-    for function in (transfers, gradients, training, matching, combined, prompts, lonely, adversary, guards)
+    for function in (transfers, gradients, training, matching, combined, prompts, lonely, adversary, guards, lacking)
 }
 
 

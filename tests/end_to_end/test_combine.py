@@ -57,6 +57,8 @@ def test_stopped_and_continued_is_uninterrupted(config: Path, run_dir: Path, tmp
     references = {"index": str(write_references(tmp_path / "references", files))}
     regularizers = {
         "chi": {"type": "chi_square"},
+        "own": {"type": "sft", "passed": {"reward": "third", "at": 0.5}, "images": 2},
+        "seen": {"type": "chi_square_image", "path": None, "base_images": 1},
         "sft": {"type": "sft", "references": references, "images": 3, "meter": 2},
         "wide": {"type": "diversity_logdet", "path": None, "allow_on_failures": True, "base_prompts": 2},
     }
@@ -79,6 +81,7 @@ def test_stopped_and_continued_is_uninterrupted(config: Path, run_dir: Path, tmp
         assert state["multipliers"]["steps"] == 3 and "constraint/flat/gap" in lines[3]
         assert lines[1]["constraint/flat/weight"] != lines[3]["constraint/flat/weight"]
         assert {"regularizer/chi/chi2", "regularizer/sft/meter", "regularizer/wide/gain"} <= set(lines[3])
+        assert {"regularizer/seen/chi2", "regularizer/seen/auc", "regularizer/own/passed"} <= set(lines[3])
 
 
 def test_a_section_that_is_new_to_a_continued_run_starts_afresh(config: Path, run_dir: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.distributed.test_dead_process import LIMIT, start
 from tests.end_to_end.runs import PLUGINS, assert_equal, assert_same_run, base_config, measured, metrics, saved, train
+from tests.judges import write_qwen
 
 OVERLAP = "--rollout.overlap_scoring=true"
 STATEFUL = (f"--rewards.moody.type={PLUGINS}:Moody", "--rollout.batch_size=5")
@@ -31,6 +32,23 @@ def test_an_overlapped_run_is_the_same_run(config: Path, run_dir: Path) -> None:
     stages = ("rollout", "score", "adversary", "update")
     assert overlapped["time/iteration_s"] == pytest.approx(sum(overlapped[f"time/{stage}_s"] for stage in stages))
     assert not any("time/score_hidden_s" in line for line in metrics(run_dir.with_name("whole")))
+
+
+def test_a_judge_of_pairs_trains_whatever_the_batches(config: Path, run_dir: Path, tmp_path: Path) -> None:
+    """Batches cut groups, and some pictures of a group are scored by another reward before the last one is drawn. Evaluations
+    and grids go on without a win rate.
+    """
+    judge = f"{{type: pairwise_judge, path: {write_qwen(tmp_path / 'qwen')}, precision: fp32, answer_mass: 0, opponents: 2}}"
+    options = [f"--rewards.pair={judge}", "--rollout.batch_size=6", "--grids.every=1", OVERLAP]
+    assert train(config, *options) == 0
+    for line in metrics(run_dir)[1:]:
+        assert line["reward/pair/mean"] == pytest.approx(0.5, abs=1e-6) and line["reward/pair/std_within_group"] > 0
+        assert line["heldout/pair"] is None and line["heldout/bright"] > 0 and line["reward/pair/unanswered"] == 0
+    assert saved(run_dir, 2).state["rewards"]["pair"]["iteration"] == 2
+    assert (
+        train(config, *options[:3], f"--run_dir={run_dir.with_name('whole')}", "--rollout.overlap_scoring=false") == 0
+    )
+    assert_same_run(run_dir, run_dir.with_name("whole"), 2)
 
 
 @pytest.mark.slow

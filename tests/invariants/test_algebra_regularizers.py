@@ -34,10 +34,16 @@ def with_regularizer(config: dict[str, Any], **changes: Any) -> tuple[Run, Parts
     return run, parts
 
 
-def regularizer_gradient(run: Run, parts: Parts, batch: int) -> Tensor:
+def regularizer_gradient(run: Run, parts: Parts, batch: int, scores: Tensor | None = None) -> Tensor:
     """Gradient of the regulariser alone over an update of 16 images in micro-batches of `batch`."""
     mine, trajectory = parts.regularizers["mine"], toy_rollout(run, parts)
-    scored = Rollout(trajectory, {"brightness": torch.rand(16)}, torch.tensor(trajectory.groups.ids), 0, 0)
+    scored = Rollout(
+        trajectory,
+        {"brightness": torch.rand(16) if scores is None else scores},
+        torch.tensor(trajectory.groups.ids),
+        0,
+        0,
+    )
     mine.shape(torch.zeros(16), scored)
     images = next(updates(trajectory, torch.ones(16), parts.geometry, run.seed, 0, skip=False))
     for part in micro_batches(images, trajectory.levels, parts.policy, PROMPTS, batch, 1 / (16 * 3)):
@@ -48,7 +54,7 @@ def regularizer_gradient(run: Run, parts: Parts, batch: int) -> Tensor:
     grads = [p.grad.flatten().clone() for p in parts.policy.trained.values() if p.grad is not None]
     for p in parts.policy.trained.values():
         p.grad = None
-    return torch.cat(grads)
+    return torch.cat(grads) if grads else torch.empty(0)
 
 
 def test_chi_squares_tangent_has_the_gradient_of_the_root() -> None:
@@ -132,6 +138,39 @@ def test_sfts_meter_is_fixed_and_falls_as_it_is_trained_on(pictures: dict[str, A
         update_policy(run, parts, images, trajectory.levels, UpdateLog(torch.device("cpu")))
     assert mine.metrics()["meter"] < before
     assert any(not torch.equal(weights[n], p) for n, p in parts.policy.trained.items())
+
+
+def test_sft_on_own_images_takes_those_that_pass() -> None:
+    """Without reference images and an image encoder; x_0 are the rollout's own clean latents, whatever the micro-batches."""
+    config = {"type": "sft", "passed": {"reward": "brightness", "at": 0.4}, "images": 5, "coefficient": 0.3}
+    run, parts = with_regularizer(config)
+    scores = torch.rand(16, generator=torch.Generator().manual_seed(4))
+    scores[2] = NAN
+    mine: Any = parts.regularizers["mine"]
+    whole, parted = regularizer_gradient(run, parts, 16, scores), regularizer_gradient(run, parts, 3, scores)
+    assert whole.abs().max() > 0 and torch.allclose(whole, parted, rtol=1e-4, atol=1e-7)
+    assert mine.metrics() == {"passed": float((scores > 0.4).double().mean())}
+    trajectory = toy_rollout(run, parts)
+    mine.shape(torch.zeros(16), Rollout(trajectory, {"brightness": scores}, torch.tensor(trajectory.groups.ids), 0, 0))
+    assert len(mine.chosen) == 5 and all(scores[n] > 0.4 for n in mine.chosen)
+    total = torch.zeros(())
+    for number, seed in mine.chosen.items():
+        clean, noise, t = mine._draw("", seed, trajectory.final[number])
+        text = parts.policy.text([PROMPTS[trajectory.groups.ids[number]]])
+        v = parts.policy.velocity(((1 - t) * clean + t * noise)[None], t[None], text, 1.0)
+        total = total + 0.3 * (v[0] - noise + clean).square().mean() / 5
+    total.backward()
+    expected = torch.cat([p.grad.flatten() for p in parts.policy.trained.values() if p.grad is not None])
+    assert torch.allclose(whole, expected, rtol=1e-4, atol=1e-7)
+    for p in parts.policy.trained.values():
+        p.grad = None
+    assert regularizer_gradient(run, parts, 16, torch.zeros(16)).numel() == 0  # nothing passes: nothing is learned
+    for wrong, said in (
+        ({"passed": None}, "neither given"), ({"passed": {"reward": "brightnes", "at": 0}}, "Did you mean 'brightness'"),
+        ({"references": {"folder": "x"}}, "both given"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            with_regularizer({**config, **wrong})
 
 
 def test_sft_refuses_what_it_cannot_do(pictures: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,27 @@ def test_cps_without_noise_is_eulers_step(dtype: torch.dtype) -> None:
     assert not std.any()
 
 
+SIGMAS = (1.0000, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0.0)
+"""Noise levels of ten timesteps of SD3.5-medium, as Adv-GRPO trains it."""
+
+
+def test_cps_steps_of_adv_grpo() -> None:
+    """The literals of that method's table: s of the two trained steps at eta 0.8, mu of them, and what is left of the noise."""
+    dynamics, one = make("cps", noise_level=0.8), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    steps = [torch.tensor([level], dtype=torch.float64) for level in SIGMAS[:3]]
+    for (t, t_next), s, clean, noise in zip(
+        pairwise(steps), (0.913, 0.869), (0.0399, 0.0867), (0.2967, 0.2822), strict=True
+    ):
+        # x0 = 1 and x1 = 0, then the other way round
+        means = [
+            dynamics.mean_std((1 - t) * a * one + t * b * one, (b - a) * one, t, t_next) for a, b in ((1, 0), (0, 1))
+        ]
+        assert [float(std) for _, std in means] == [pytest.approx(s, abs=5e-4)] * 2
+        assert [float(mean) for mean, _ in means] == pytest.approx([clean, noise], abs=1e-4)
+        assert float(means[0][1]) ** 2 + float(means[1][0]) ** 2 == pytest.approx(float(t_next) ** 2)
+        assert float(means[0][1]) ** 2 / float(t_next) ** 2 == pytest.approx(0.9045, abs=1e-4)  # drawn anew
+
+
 def test_sampling_adds_the_noise() -> None:
     """x_next = mean + std z, so deterministic dynamics ignore z."""
     x, v, t, t_next = random_step()

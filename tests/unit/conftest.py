@@ -108,6 +108,7 @@ def special(
             "artifact_adaptive": classifier | {"labeller": {"type": "vividness"}},
             "preference": {"path": write_preference(tmp_path_factory.mktemp("preference"), dino_folder, clip_folder)},
             "artifact_judge": {"path": qwen_folder, "precision": "fp32", "answer_mass": 0},
+            "pairwise_judge": {"path": qwen_folder, "precision": "fp32", "answer_mass": 0},
         }
 
 
@@ -137,6 +138,8 @@ def make(
             settings = {"path": clip_folder if "clip" in name else dino_folder} | settings
         if "references" in fields and "frozen" not in settings:
             settings = {"references": {"index": reference_index}} | settings
+        if "reencode" in fields:
+            settings = {"reencode": False} | settings
         config = registry.find("rewards", name).Config.model_validate({"type": name} | settings)
         reward = registry.build("rewards", config, torch.device("cpu"))
         reward.prepare(pictures[1].prompts, None)  # no reward here asks the model for anything

@@ -255,7 +255,7 @@ class Mirror(ModelFamily):
 
 def test_reencoded_reference_images_go_the_policys_way(make: Make, pictures: Pictures, reference_index: Path) -> None:
     reward = make("adversarial_dino")
-    config = reward.config.model_copy(update={"reencode": True})
+    config = type(reward.config).model_validate(reward.config.model_dump(exclude={"reencode"}))  # the default
     other = registry.build("rewards", config, CPU)
     other.prepare(pictures[1].prompts, Mirror())
     for one in (reward, other):

@@ -17,6 +17,7 @@ from torch import Tensor
 from t2irl import registry
 from t2irl.errors import ConfigError, DataError
 from t2irl.evaluation.posthoc import posthoc_auc
+from t2irl.loading import load_run
 from t2irl.rewards.combine import RewardSet
 from t2irl.types import PromptGroups
 from tests.adversaries import iterate
@@ -109,11 +110,19 @@ def test_an_exported_adversary_scores_as_it_did(name: str, make: Make, spoilt: P
         ({"frozen": "x", "references": {"folder": "y"}}, "takes no references"),
         ({"turns": {"type": "fixed", "skip_policy": True}}, "never lets the policy learn"),
         ({"layers": []}, "layers"),
+        ({"type": "adversarial_clip", "spectral_norm": True}, "spectral_norm: true is for new weights"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    settings = {"type": "adversarial_dino"} | settings
     with pytest.raises(ValidationError, match=message):
-        registry.find("rewards", "adversarial_dino").Config.model_validate({"type": "adversarial_dino", **settings})
+        registry.find("rewards", settings["type"]).Config.model_validate(settings)
+
+
+def test_the_earlier_name_of_the_feature_cache_is_refused_with_the_new_one() -> None:
+    text = ["--rewards.mine.type", "adversarial_dino", "--rewards.mine.cache", "somewhere"]
+    with pytest.raises(ConfigError, match=r"cache\): unknown key. Did you mean rewards\.mine\.feature_cache\?"):
+        load_run([Path("configs/tiny/demo.yaml")], text)
 
 
 def test_what_is_missing_is_said(clip_folder: Path, dino_folder: Path, tmp_path: Path) -> None:

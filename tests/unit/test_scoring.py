@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -170,3 +171,45 @@ def test_by_default_only_what_is_computed_elsewhere_is_overlapped(make: Callable
     run = toy_run({"rewards": {"there": {"type": "remote", "url": "http://localhost:1"}}})
     rewards = RewardSet(run.rewards, torch.device("cpu"), SIZE, scorer.rewards.work)
     assert Scorer(rewards, None).overlap and not Scorer(rewards, False).overlap
+
+
+class Place(Reward):
+    """How many images of the call, which must be a whole group, are darker."""
+
+    whole_groups = True
+
+    def __init__(self, config: Any, device: torch.device):
+        super().__init__(config, device)
+        self.calls: list[tuple[set[int], list[int]]] = []
+
+    def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
+        """See the class."""
+        self.calls.append((set(groups.ids), list(groups.members)))
+        light = images.mean((1, 2, 3))
+        return (light[:, None] > light).sum(1).float()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_rewards_that_need_whole_groups_get_them(overlap: bool) -> None:
+    """Batches of 4, 4, 3 and 3 images cut two groups of 7; others are still scored in those batches."""
+    run = toy_run({"rewards": {"place": {"type": f"{__name__}:Place"}, "watched": {"type": f"{__name__}:Watched"}}})
+    rewards = RewardSet({n: run.rewards[n] for n in ("place", "watched")}, torch.device("cpu"), SIZE, Counter())
+    scorer, drawn = Scorer(rewards, overlap), trajectory()
+    order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(2)).tolist()
+    groups = PromptGroups.of(PROMPTS, [k % 2 for k in order], [k // 2 for k in order])
+    drawn = replace(drawn, groups=groups)
+    finished = scorer.watch(groups, lambda images: None)
+    for rows in WHOLE:
+        finished(rows, drawn.images[rows])
+    found, _ = scorer.scores(drawn)
+    scorer.close()
+    place, watched = (rewards.rewards[name] for name in found)
+    assert isinstance(place, Place) and isinstance(watched, Watched)
+    assert sorted(sorted(ids) for ids, _ in place.calls) == [[0], [1]] and len(watched.calls) == 4
+    assert all(sorted(members) == list(range(7)) for _, members in place.calls)
+    light = drawn.images.float().mean((1, 2, 3))
+    for line in (0, 1):
+        rows = [k for k, other in enumerate(groups.ids) if other == line]
+        assert found["place"][rows].tolist() == light[rows].argsort().argsort().tolist()
+    assert rewards.work == {"reward_calls": 2 + 4, "scored_images": 2 * IMAGES}
+    assert torch.equal(rewards.score(drawn.images, groups, whole=True)["place"], found["place"])
