@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,13 @@ from torch import Tensor
 from t2irl.advantages import constant_groups, group_advantages, normalise, refuse_unscored
 from t2irl.algebra import heads
 from t2irl.algebra.base import BaseScores
-from t2irl.algebra.config import Constraints, HardGate, LogSigmoid, ProductGate, Sum, Tiers, WinRate
+from t2irl.algebra.config import Aggregate, Constraints, HardGate, LogSigmoid, ProductGate, Sum, Tiers, WinRate
 from t2irl.algebra.constraints import Multipliers, senses_of
 from t2irl.algebra.ensembles import aggregate, disagreement
 from t2irl.algebra.filters import filter_factors
 from t2irl.algebra.gates import check_range, hard_gate, penalised, product, ramp_gate, violations
 from t2irl.algebra.rules import head_of, main_rewards, needs_base, transform_of
+from t2irl.algebra.signal import Optimised
 from t2irl.config import Run
 from t2irl.data import prompt_ids
 from t2irl.errors import ConfigError, RunError
@@ -60,6 +61,8 @@ class Pipeline:
                     f"rewards.{name} learns, so that scores of the base model's images would soon be of another scale; use `at` "
                     "instead of quantiles, and combine.aggregate: {type: sum} or {type: win_rate, temperature: 0}"
                 )
+        self.aggregate: Callable[[Aggregate, Tensor, Tensor, Tensor], Tensor] = aggregate
+        self.optimised = Optimised(self, {name for name in self.names if rewards.rewards[name].learns})
         how = None if self.combine is None else self.combine.aggregate
         self.multipliers = None
         if self.combine is not None and isinstance(how, Constraints):
@@ -103,36 +106,52 @@ class Pipeline:
         an image that no aggregated reward applies to, and for scores outside the range that a penalty or gate needs.
         """
         if self.combine is None:
-            return Credit(group_advantages(scores, self.weights, ids, self.run.advantage))
-        raw = {name: scores[name].double() for name in self.names}
-        ready, metrics = self._heads(raw, ids)
-        main = {name: ready[name] for name in main_rewards(self.run)}
-        refuse_unscored(torch.stack(list(main.values())))
-        main = self._gated(main, raw, metrics)
+            advantages = group_advantages(scores, self.weights, ids, self.run.advantage)
+            return Credit(advantages, metrics=self.optimised.curve(scores, ids))
+        metrics: dict[str, float] = {}
+        curve = self.optimised.curve(scores, ids)  # by the multipliers that make these advantages
         if self.multipliers is not None:
-            total = unclipped = self._constrained(main, raw, ids, metrics)
+            total = unclipped = self._constrained(scores, ids, metrics)
         elif self.run.advantage.combine == "advantages":
+            main = self._main(self.transformed(scores, ids, metrics))
             total = unclipped = sum_of(
                 {n: self.weights[n] * normalise(x, ids, self.run.advantage) for n, x in main.items()}
             )
         else:
-            total = self._penalised(self._aggregated(main, ids, metrics), ready, metrics)
+            total = self.total(scores, ids, metrics)
             unclipped = normalise(total, ids, self.run.advantage)
         factors = None
         if self.combine.filter is not None:
             factors = filter_factors(self.combine.filter, total, ids)
             metrics["combine/kept"] = float((factors > 0).double().mean())
-        metrics["reward/total/mean"] = float(total.mean())
+        metrics |= curve if self.optimised.relative else {"reward/total/mean": float(total.mean())}
         metrics["advantage/zero_variance_groups"] = float(
             constant_groups(total, ids, self.run.advantage.floor).double().mean()
         )
         return Credit(unclipped.clamp(-self.run.advantage.clip, self.run.advantage.clip), factors, metrics)
 
-    def _heads(self, raw: Scores, ids: Tensor) -> tuple[Scores, dict[str, float]]:
-        """Every reward after its transform and bound."""
+    def total(self, scores: Mapping[str, Tensor], ids: Tensor, metrics: dict[str, float]) -> Tensor:
+        """The one score of each image, (N,) float64, before it is normalised; not defined with constraints.
+
+        Arguments and errors as those of `credit`; what was seen on the way is put into `metrics`.
+        """
+        assert self.combine is not None and self.multipliers is None, "there is no single score"
+        ready = self.transformed(scores, ids, metrics)
+        main = self._gated(self._main(ready), scores, metrics)
+        return self._penalised(self._aggregated(main, ids, metrics), ready, metrics)
+
+    def _main(self, ready: Scores) -> Scores:
+        """Those that the score is made of, some of which apply to every image."""
+        main = {name: ready[name] for name in main_rewards(self.run)}
+        refuse_unscored(torch.stack(list(main.values())))
+        return main
+
+    def transformed(self, scores: Mapping[str, Tensor], ids: Tensor, metrics: dict[str, float]) -> Scores:
+        """Every reward trained on after its transform and bound, (N,) float64."""
         assert self.combine is not None
-        ready, metrics = {}, {}
-        for name, values in raw.items():
+        ready = {}
+        for name in self.names:
+            values = scores[name].double()
             how, limit, base = (
                 transform_of(self.run, name),
                 head_of(self.combine, name).bound,
@@ -148,9 +167,9 @@ class Pipeline:
                 top = 1.0 if isinstance(limit, Tiers) else heads.level(limit, below)
                 metrics[f"reward/{name}/at_bound"] = float((x[~x.isnan()] >= top).double().mean())
             ready[name] = x
-        return ready, metrics
+        return ready
 
-    def _gated(self, main: Scores, raw: Scores, metrics: dict[str, float]) -> Scores:
+    def _gated(self, main: Scores, scores: Mapping[str, Tensor], metrics: dict[str, float]) -> Scores:
         assert self.combine is not None
         gate = self.combine.gate
         if gate is None:
@@ -172,7 +191,7 @@ class Pipeline:
         for (name, values), way in zip(others.items(), remedy, strict=True):
             check_range(name, values, 0, torch.inf, where, [way])
         threshold = heads.level(gate, self.base.pooled.get(gate.reward))
-        primary = raw[gate.reward]
+        primary = scores[gate.reward].double()
         open_ = (
             hard_gate(primary, threshold) if isinstance(gate, HardGate) else ramp_gate(primary, threshold, gate.width)
         )
@@ -185,7 +204,7 @@ class Pipeline:
         weights = torch.tensor([self.weights[name] for name in main], dtype=torch.float64)
         if not isinstance(how, Sum | WinRate):
             metrics["combine/disagreement"] = float(disagreement(table).mean())
-        return aggregate(how, table, weights, ids)
+        return self.aggregate(how, table, weights, ids)
 
     def _penalised(self, total: Tensor, ready: Scores, metrics: dict[str, float]) -> Tensor:
         assert self.combine is not None
@@ -207,9 +226,10 @@ class Pipeline:
             metrics["combine/violations"] = float(violations(factors, penalty.violation_below).double().mean())
         return penalised(total, factors, penalty.violation_below, penalty.violation_cost)
 
-    def _constrained(self, main: Scores, raw: Scores, ids: Tensor, metrics: dict[str, float]) -> Tensor:
+    def _constrained(self, scores: Mapping[str, Tensor], ids: Tensor, metrics: dict[str, float]) -> Tensor:
         """Weighted sum of the advantages of the objective and of each constrained reward; then the multipliers move."""
         assert self.combine is not None and self.multipliers is not None
+        main = self._main(self.transformed(scores, ids, metrics))
         duals, advantage = self.multipliers, self.run.advantage
         limits = {n: heads.level(self.combine.rewards[n].constraint, self.base.pooled.get(n)) for n in duals.table}  # type: ignore[arg-type]
         free = {name: self.weights[name] * x for name, x in main.items() if name not in duals.table}
@@ -221,7 +241,7 @@ class Pipeline:
             total += weight * normalise(main[name], ids, advantage)
             metrics[f"constraint/{name}/weight"] = weight
         metrics["constraint/objective_weight"] = objective
-        means = {name: float(raw[name][~raw[name].isnan()].mean()) for name in duals.table}
+        means = {name: float(scores[name].double().nanmean()) for name in duals.table}
         duals.step(means, limits)
         for name, gap in duals.gaps(limits).items():
             metrics |= {f"constraint/{name}/gap": gap, f"constraint/{name}/multiplier": duals.table[name].value}
@@ -229,14 +249,16 @@ class Pipeline:
 
     # ------------------------------------------------------------------------------------------------------------ state
     def state_dict(self) -> dict[str, Any]:
-        """Scores of the base model and multipliers; empty without a `combine` section."""
+        """Scores of the base model and multipliers; empty where nothing needs them."""
+        first = {"first": self.optimised.first} if self.optimised.first else {}
         if self.combine is None:
-            return {}
+            return first
         duals = {} if self.multipliers is None else {"multipliers": self.multipliers.state_dict()}
-        return {"base": self.base.state_dict(), **duals}
+        return {"base": self.base.state_dict(), **duals, **first}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave. What is not there, since the section is new, starts afresh."""
+        self.optimised.first = {name: values.cpu() for name, values in state.get("first", {}).items()}
         if self.combine is not None and "base" in state:
             self.base.load_state_dict(state["base"])
         if self.multipliers is not None and "multipliers" in state:

@@ -17,7 +17,6 @@ from t2irl.errors import ConfigError
 from t2irl.evaluation.agreement import kendall_tau, starc_distance
 from t2irl.evaluation.evaluate import sample_fixed
 from t2irl.evaluation.hacks import HACKS, LIMIT, rise
-from t2irl.evaluation.monitors import compare
 from t2irl.evaluation.overoptimization import best_of_k, best_of_n_kl
 from t2irl.launch import write_json
 from t2irl.policy import Policy
@@ -83,9 +82,8 @@ def probe(run: Run, gold: str, prompts: int, images: int) -> dict[str, Any]:
         # Pictures come one of each prompt at a time; best-of-k wants a row for each prompt.
         rows = [v.view(images, prompts).T for v in (values, truth)]
         curve = best_of_k(*rows).tolist()
-        stats = compare({name: values}, {name: 1.0}, {gold: truth}, ids)
         result["rewards"][name] = {
-            "mean": stats["monitor/total/mean"], "std": stats["monitor/total/std"],
+            "mean": float(values.double().mean()), "std": float(values.double().std(correction=0)),
             "tau": kendall_tau(values, truth, ids), "starc": starc_distance(values, truth, ids),
             "best_of_k": curve, "best_k": 1 + max(range(images), key=lambda k: curve[k]),
             "hacks": {hack: dict(zip(("share", "rise"), rise(values, scores[name]), strict=True))
