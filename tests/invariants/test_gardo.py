@@ -184,7 +184,10 @@ def test_the_gate_ranks_by_what_is_optimised() -> None:
     """A proxy of negative weight the other way round; without a name, what the rewards make together."""
     less = {"brightness": {"type": "tests.invariants.toy:Brightness", "weight": -1}}
     more = {"dim": {"type": "tests.invariants.toy:Brightness"}}
-    limited = {"aggregate": {"type": "constraints", "initial": 1}, "rewards": {"dim": {"constraint": {"at": 0, "sense": "at_most"}}}}
+    limited = {
+        "aggregate": {"type": "constraints", "initial": 1},
+        "rewards": {"dim": {"constraint": {"at": 0, "sense": "at_most"}}},
+    }
     for rewards, proxy, combine in (
         (REWARDS | less, "brightness", None), (REWARDS | less, None, None), (REWARDS | more, None, limited)
     ):  # fmt: skip
