@@ -64,6 +64,8 @@ class Monitors(Strict):
             return f"monitors.{key} needs a held-out reward to look at: add one to heldout_rewards"
         if "primary_falls" in self.stop and primary is None:
             return "monitors.stop = primary_falls needs a primary reward, which combine.gate names: add one, or drop the rule"
+        if self.features is not None and self.prompts == 0:
+            return f"monitors.features = {self.features} needs pictures to look at: set monitors.prompts above 0"
         needy = [rule for rule in self.stop if self.prompts == 0]
         return f"monitors.stop = {needy[0]} needs pictures to measure: set monitors.prompts above 0" if needy else None
 

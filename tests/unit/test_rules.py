@@ -135,6 +135,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
     assert "not among heldout_rewards: gold" in str(Monitors(heldout="glod").problem(known))
     assert "needs a held-out reward" in str(Monitors(stop=("off_peak",)).problem({}))
     assert "needs a held-out reward" in str(Monitors(best="export").problem({}))
+    assert "features = x needs pictures" in str(Monitors(features=Path("x"), prompts=0).problem(known))
     assert "which combine.gate names" in str(Monitors(stop=("primary_falls",)).problem(known))
     assert Monitors(stop=("primary_falls",)).problem(known, "first") is None
     with pytest.raises(DataError, match=r"monitors\.features = assets/prompts: "):
