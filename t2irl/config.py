@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 
 from t2irl.algebra.config import Combine
 from t2irl.algebra.rules import combine_problem
-from t2irl.evaluation.rules import Monitors
+from t2irl.evaluation.rules import Monitors, primary_of
 from t2irl.registry import Plugin
 from t2irl.speed import Speed
 from t2irl.strict import Strict
@@ -311,7 +311,7 @@ class Run(Strict):
 
     @model_validator(mode="after")
     def _monitors_have_something_to_watch(self) -> Run:
-        problem = self.monitors.problem(self.heldout_rewards)
+        problem = self.monitors.problem(self.heldout_rewards, primary_of(self.combine))
         if problem:
             raise PydanticCustomError("monitors", "{problem}", {"problem": problem})
         return self

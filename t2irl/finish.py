@@ -31,9 +31,11 @@ def show(ctx: Context, parts: Parts, metrics: dict[str, float]) -> None:
     """Evaluate and draw when due, then log the iteration."""
     run, iteration = ctx.run, parts.clock.iteration
     if due(iteration, run.evaluation.every, run.iterations):
+        if run.monitors.prompts:
+            parts.pipeline.meet(ctx, parts)  # the first evaluation comes before the first rollout
         with ctx.timed("evaluate", run.evaluation.images) as advance:
             means = evaluate(parts.policy, run, parts.heldout_prompts, (parts.rewards, parts.heldout), advance)
-            found = monitor(parts.policy, run, parts.heldout_prompts, (parts.rewards, parts.heldout))
+            found = monitor(parts)
         metrics = metrics | {f"heldout/{name}": value for name, value in means.items()} | found
         metrics |= watch(ctx, parts, metrics)
     if due(iteration, run.grids.every, run.iterations):

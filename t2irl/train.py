@@ -18,6 +18,7 @@ from t2irl.check import describe
 from t2irl.config import Run
 from t2irl.data import images_of, load_both, overlap, prompt_ids
 from t2irl.engines.base import Request, RolloutEngine, draw
+from t2irl.evaluation.features import looker
 from t2irl.finish import finish, show
 from t2irl.geometry import Geometry
 from t2irl.launch import Context, launch
@@ -53,6 +54,7 @@ class Parts:
     def __post_init__(self) -> None:
         run = self.geometry.run
         self.pipeline = Pipeline(run, self.rewards)
+        self.look = looker(run.monitors.features, self.family.device)
         self.engine: RolloutEngine = registry.build("engines", run.rollout.engine, run, self.policy)
         self.scorer = Scorer(self.rewards, run.rollout.overlap_scoring)
         for name, regularizer in self.regularizers.items():

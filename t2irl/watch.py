@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2irl import checkpoint
 from t2irl.evaluation.monitors import relative
-from t2irl.evaluation.rules import best_iteration, fired
+from t2irl.evaluation.rules import best_iteration, fired, primary_of
 from t2irl.export import as_dict, export
 from t2irl.launch import Context, read_metrics
 from t2irl.utils import distributed
@@ -28,13 +28,11 @@ def watch(ctx: Context, parts: Parts, metrics: Mapping[str, float]) -> dict[str,
     if ctx.is_main:
         rows = [row for row in read_metrics(ctx.folder) if row["iteration"] < iteration]
         base = rows[0] if rows else metrics
-        # A reward that learns scores on a scale that moves, so that no gap can be measured against it.
-        heldout = () if parts.rewards.learns else tuple(run.heldout_rewards)
-        found = relative(metrics, base, heldout)
+        found = relative(metrics, base, tuple(run.heldout_rewards))
         watched = run.monitors.watched(run.heldout_rewards)
         if watched is not None:
             rows.append({"iteration": iteration, **metrics, **found})
-            for alarm in fired(rows, watched, run.monitors.patience, run.evaluation.images):
+            for alarm in fired(rows, watched, run.monitors.patience, run.evaluation.images, primary_of(run.combine)):
                 if alarm.iteration == iteration:
                     ctx.warn(f"{alarm.rule} at iteration {iteration}: {alarm.text}")
                     stopped = stopped or (alarm.rule if alarm.rule in run.monitors.stop else None)

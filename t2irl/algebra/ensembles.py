@@ -74,6 +74,11 @@ def kl_dro(table: Tensor, temperature: float) -> Tensor:
     return -temperature * ((-table / temperature).nan_to_num(-torch.inf).logsumexp(0) - count.log())
 
 
+def vote(gap: Tensor, temperature: float) -> Tensor:
+    """A judge's P(i beats j) from n_i - n_j: sigmoid(gap / T), or with T = 0 who is ahead, draws as halves."""
+    return (gap / temperature).sigmoid() if temperature else gap.sign() / 2 + 0.5
+
+
 def win_rate(table: Tensor, weights: Tensor, groups: Tensor, temperature: float) -> Tensor:
     """Mean over the other images j of the group of P(i beats j), in [0, 1] (arXiv 2404.03715 in its group form).
 
@@ -87,7 +92,7 @@ def win_rate(table: Tensor, weights: Tensor, groups: Tensor, temperature: float)
             continue
         gap = table[:, rows, None] - table[:, None, rows]
         judged = ~gap.isnan()
-        wins = (gap / temperature).sigmoid() if temperature else gap.sign() / 2 + 0.5
+        wins = vote(gap, temperature)
         w = weights[:, None, None].expand_as(gap).where(judged, 0.0)
         total = w.sum(0)
         beats = (w * wins.nan_to_num(0.0)).sum(0) / total.where(total > 0, 1.0)

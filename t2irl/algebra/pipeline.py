@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from t2irl.advantages import constant_groups, group_advantages, normalise, refuse_unscored
 from t2irl.algebra import heads
 from t2irl.algebra.base import BaseScores
-from t2irl.algebra.config import Clip, Constraints, LogSigmoid, Sum, Tiers, WinRate
+from t2irl.algebra.config import Aggregate, Clip, Constraints, LogSigmoid, Sum, Tiers, WinRate
 from t2irl.algebra.config_gates import HardGate, HingeGate, Level, ProductGate, PromptLevel
 from t2irl.algebra.constraints import Multipliers, senses_of
 from t2irl.algebra.ensembles import aggregate, disagreement
@@ -28,6 +28,7 @@ from t2irl.algebra.rules import (
     only_gates,
     transform_of,
 )
+from t2irl.algebra.signal import Optimised
 from t2irl.config import Run
 from t2irl.data import prompt_ids
 from t2irl.errors import ConfigError, RunError
@@ -70,6 +71,8 @@ class Pipeline:
                     f"rewards.{name} learns without a `version`, so that scores of the base model's images would soon be of another "
                     "scale; use `at` instead of quantiles, and combine.aggregate: {type: sum} or {type: win_rate, temperature: 0}"
                 )
+        self.aggregate: Callable[[Aggregate, Tensor, Tensor, Tensor], Tensor] = aggregate
+        self.optimised = Optimised(self, {name for name in self.names if rewards.rewards[name].learns})
         how = None if self.combine is None else self.combine.aggregate
         self.multipliers = None
         if self.combine is not None and isinstance(how, Constraints):
@@ -114,8 +117,10 @@ class Pipeline:
         an image that no aggregated reward applies to, and for scores outside the range that a penalty or gate needs.
         """
         if self.combine is None:
-            return Credit(group_advantages(scores, self.weights, ids, self.run.advantage))
+            advantages = group_advantages(scores, self.weights, ids, self.run.advantage)
+            return Credit(advantages, metrics=self.optimised.curve(scores, ids))
         metrics: dict[str, float] = {}
+        curve = self.optimised.curve(scores, ids)  # by the multipliers that make these advantages
         if self.multipliers is not None:
             total = unclipped = self._constrained(scores, ids, metrics)
         elif self.run.advantage.combine == "advantages":
@@ -130,7 +135,7 @@ class Pipeline:
         if self.combine.filter is not None:
             factors = filter_factors(self.combine.filter, total, ids)
             metrics["combine/kept"] = float((factors > 0).double().mean())
-        metrics["reward/total/mean"] = float(total.mean())
+        metrics |= curve if self.optimised.relative else {"reward/total/mean": float(total.mean())}
         metrics["advantage/zero_variance_groups"] = float(
             constant_groups(total, ids, self.run.advantage.floor).double().mean()
         )
@@ -214,7 +219,7 @@ class Pipeline:
         if not isinstance(how, Sum):
             refuse_unscored(table)
         weights = torch.tensor([self.weights[name] for name in others], dtype=torch.float64)
-        total = aggregate(how, table, weights, ids)
+        total = self.aggregate(how, table, weights, ids)
         if gate is None or isinstance(gate, HingeGate):
             return total, table
         where = f"combine.gate.type = {gate.type} multiplies it by a factor below 1, so"
@@ -274,14 +279,16 @@ class Pipeline:
 
     # ------------------------------------------------------------------------------------------------------------ state
     def state_dict(self) -> dict[str, Any]:
-        """Scores of the base model and multipliers; empty without a `combine` section."""
+        """Scores of the base model and multipliers; empty where nothing needs them."""
+        first = {"first": self.optimised.first} if self.optimised.first else {}
         if self.combine is None:
-            return {}
+            return first
         duals = {} if self.multipliers is None else {"multipliers": self.multipliers.state_dict()}
-        return {"base": self.base.state_dict(), **duals}
+        return {"base": self.base.state_dict(), **duals, **first}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave. What is not there, since the section is new, starts afresh."""
+        self.optimised.first = {name: values.cpu() for name, values in state.get("first", {}).items()}
         if self.combine is not None and "base" in state:
             self.base.load_state_dict(state["base"])
         if self.multipliers is not None and "multipliers" in state:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from t2irl.evaluation.distances import DUPLICATE as ALIKE
+
 SIDE = 16
 """Pictures are compared at this size: layout and colour, not texture."""
 DUPLICATE = 0.05
@@ -23,7 +25,15 @@ def pair_distances(features: Tensor, groups: Tensor) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.float64), *parts])
 
 
-def diversity(features: Tensor, groups: Tensor) -> tuple[float, float]:
-    """Mean distance of pairs within groups, and the share of those pairs that are duplicates; NaN without any pair."""
-    distances = pair_distances(features, groups)
-    return float(distances.mean()), float((distances < DUPLICATE).double().mean())
+def diversity(features: Tensor, groups: Tensor, cosine: bool = False) -> tuple[float, float]:
+    """Mean distance of pairs within groups, and the share of those pairs that are duplicates; NaN without any pair.
+
+    `cosine`: the distance is 1 - cosine, as for features of a network, and duplicates are as in `distances.py`.
+    """
+    if cosine:
+        # Between unit vectors, half the square of the Euclidean distance.
+        distances = pair_distances(torch.nn.functional.normalize(features.double(), dim=1), groups).square() / 2
+    else:
+        distances = pair_distances(features, groups)
+    alike = 1 - ALIKE if cosine else DUPLICATE
+    return float(distances.mean()), float((distances < alike).double().mean())

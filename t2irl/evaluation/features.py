@@ -42,15 +42,31 @@ def extractor(name: str, config: Vision | Fidelity | Pixels | Perceptual, device
         if isinstance(config, Perceptual):
             network = DreamSim.load(config.path, device, config.variant, DTYPES[config.precision])
             return lambda images: network.embed(images.to(device).float().div(255))
-        backbone = VisionBackbone.load(config.path, device, size=config.size, dtype=DTYPES[config.precision])
+        return vision(config, device)
     except (OSError, ValueError) as error:
         raise DataError(f"features.{name}.path = {config.path}: {error}") from error
 
+
+def vision(config: Vision, device: torch.device) -> Extract:
+    """Features of a vision transformer. Raises OSError or ValueError where the folder holds none."""
+    backbone = VisionBackbone.load(config.path, device, size=config.size, dtype=DTYPES[config.precision])
+
     def extract(images: Tensor) -> Tensor:
-        found = backbone(images.to(device).float().div(255))
-        return found.cls if config.token == "cls" else found.patches.mean(1)
+        with torch.no_grad():
+            parts = [backbone(images[rows].to(device).float().div(255)) for rows in even_chunks(len(images), BATCH)]
+        return torch.cat([found.cls if config.token == "cls" else found.patches.mean(1) for found in parts])
 
     return extract
+
+
+def looker(path: Path | None, device: torch.device) -> Extract:
+    """What a run's monitors compare pictures by: `monitors.features`. Raises DataError for a folder that holds no backbone."""
+    if path is None:
+        return lambda images: coarse_pixels(images.cpu())
+    try:
+        return vision(Vision(path=path), device)
+    except (OSError, ValueError) as error:
+        raise DataError(f"monitors.features = {path}: {error}") from error
 
 
 def _fidelity(name: str, config: Fidelity, device: torch.device) -> Extract:

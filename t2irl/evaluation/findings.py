@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from t2irl.evaluation.charts import Points, number
+from t2irl.evaluation.rules import ERRORS, standard_error
 
-FALL = 0.03
-"""A held-out measure that fell by more than this while the training reward rose raises an alarm."""
+FALL = 0.1
+"""Where the spread of a measure is not known, this share of its base value is a fall that counts."""
 _UNCHANGED = 5e-4
 
 
@@ -76,12 +77,20 @@ def headline(found: Sequence[Measure], images: int | None) -> str:
     return f"{where}, " + (said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}") + "."
 
 
-def alarms(points: Mapping[str, Points], found: Sequence[Measure]) -> list[Alarm]:
-    """What a reader should look at before trusting the run."""
-    return [*_parted(points, found), *_out_of_range(points)]
+def alarms(points: Mapping[str, Points], found: Sequence[Measure], images: int | None = None) -> list[Alarm]:
+    """What a reader should look at before trusting the run. `images`: pictures of an evaluation."""
+    return [*_parted(points, found, images), *_out_of_range(points)]
 
 
-def _parted(points: Mapping[str, Points], found: Sequence[Measure]) -> list[Alarm]:
+def _fell(m: Measure, points: Mapping[str, Points], images: int | None) -> bool:
+    """By more than two standard errors, from the spread of the score on the monitors' pictures before training and now; the mean of
+    a measure without one, by a tenth of what it was."""
+    spread = [{f"monitor/{m.name}/std": y} for _, y in points.get(f"monitor/{m.name}/std", [])]
+    error = standard_error(spread[0], spread[-1], m.name, images) if spread and images else None
+    return -m.change > (FALL * abs(m.base) if error is None else ERRORS * error)
+
+
+def _parted(points: Mapping[str, Points], found: Sequence[Measure], images: int | None) -> list[Alarm]:
     """Training reward up, held-out measure down. The score of a reward that learns falls by itself: its judge moves."""
     reward = [y for _, y in points.get("reward/total/mean", [])]
     if len(reward) < 2:
@@ -97,7 +106,7 @@ def _parted(points: Mapping[str, Points], found: Sequence[Measure]) -> list[Alar
             f"heldout/{m.name}",
         )
         for m in found
-        if m.change < -FALL and f"reward/{m.name}/reference_mean" not in points
+        if _fell(m, points, images) and f"reward/{m.name}/reference_mean" not in points
     ]
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from t2irl.config import Run
 from t2irl.evaluation.agreement import kendall_tau, starc_distance
-from t2irl.evaluation.diversity import coarse_pixels, diversity
+from t2irl.evaluation.diversity import diversity
 from t2irl.evaluation.evaluate import sample_fixed
 from t2irl.geometry import even_chunks
 from t2irl.policy import Policy
-from t2irl.rewards.combine import RewardSet
 from t2irl.rollout import Noise
 from t2irl.types import Trajectory
 from t2irl.utils import distributed
+
+if TYPE_CHECKING:
+    from t2irl.train import Parts
 
 SDE_NOISE = 0.7
 """Noise level a of the Flow-SDE whose paths the divergence is measured on, whatever the run's own dynamics."""
@@ -26,31 +27,26 @@ LEVELS = 8
 """Noise levels at which it is measured; each picture serves one of them."""
 
 
-def monitor(
-    policy: Policy,
-    run: Run,
-    prompts: Sequence[str],
-    rewards: tuple[RewardSet, RewardSet],
-    advance: Callable[[int], None] = lambda images: None,
-) -> dict[str, float]:
-    """Divergence from the reference policy, agreement of trained and held-out rewards, diversity: of the averaged weights.
+def monitor(parts: Parts) -> dict[str, float]:
+    """Divergence from the reference policy, agreement of what is optimised with held-out rewards, diversity: of the averaged weights.
 
-    `rewards`: those trained on and those held out. Equal on all processes; empty with `monitors.prompts: 0`.
+    Equal on all processes; empty with `monitors.prompts: 0`. What the pipeline needs of the base model must have been measured.
     """
+    policy, run = parts.policy, parts.geometry.run
     if run.monitors.prompts == 0:
         return {}
-    prompts = prompts[: run.monitors.prompts]
+    prompts = parts.heldout_prompts[: run.monitors.prompts]
     noise = Noise(run.seed, "evaluation")
     part = (distributed.rank(), distributed.world_size())
     with policy.averaged():
-        trajectory = sample_fixed(policy, run, prompts, len(prompts) * run.monitors.images, noise, advance, part)
+        trajectory = sample_fixed(policy, run, prompts, len(prompts) * run.monitors.images, noise, part=part)
     mine: dict[str, Any] = {}
     images, groups = trajectory.images, trajectory.groups
     with distributed.together(policy.family.device):
-        scores = [reward_set.score(images, groups) for reward_set in rewards] if len(groups) else []
+        scores = [parts.rewards.score(images, groups), parts.heldout.score(images, groups)] if len(groups) else []
     if len(groups):
         mine["scores"] = scores
-        mine["features"] = coarse_pixels(images.cpu())
+        mine["features"] = parts.look(images).cpu()
         mine["ids"] = torch.tensor(groups.ids)
         mine["kl"] = path_kl(policy, trajectory, noise, run.rollout.batch_size)
     every = [process for process in distributed.gather_objects(mine) if process]
@@ -60,8 +56,11 @@ def monitor(
     )
     features, ids, kl = (torch.cat([process[key] for process in every]) for key in ("features", "ids", "kl"))
     found = {"policy/kl_reference": float(kl.mean())}
-    found |= compare(trained, rewards[0].weights, heldout, ids)
-    spread, duplicates = diversity(features, ids)
+    optimised = parts.pipeline.optimised
+    found |= agreement(optimised.signal(trained, ids, heldout=True), heldout, ids)
+    level = optimised.level(trained, ids, heldout=True)
+    found |= moments({**({} if level is None else {"total": level}), **trained, **heldout})
+    spread, duplicates = diversity(features, ids, cosine=run.monitors.features is not None)
     return found | {"diversity/pairwise": spread, "diversity/duplicates": duplicates}
 
 
@@ -94,37 +93,37 @@ def path_kl(policy: Policy, trajectory: Trajectory, noise: Noise, batch_size: in
     return factor * torch.cat(found)
 
 
-def compare(
-    trained: Mapping[str, Tensor], weights: Mapping[str, float], heldout: Mapping[str, Tensor], ids: Tensor
-) -> dict[str, float]:
-    """Mean and spread of the trained sum and of every held-out reward, and how far they agree within prompts.
-
-    `trained` and `heldout`: name -> (N,) scores, NaN where a reward does not apply. A weight of 0 adds nothing.
-    """
-    table = torch.stack([weights[name] * values.double() for name, values in trained.items() if weights[name]])
-    total = table.nansum(0).where(~table.isnan().all(0), torch.nan)
+def moments(scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean and standard deviation (population) of name -> (N,) scores, those that are NaN left out; nothing for one that is NaN throughout."""
     found: dict[str, float] = {}
-    for name, values in {"total": total, **heldout}.items():
+    for name, values in scores.items():
         known = values[~values.isnan()].double()
         if len(known):
             found |= {
                 f"monitor/{name}/mean": float(known.mean()),
                 f"monitor/{name}/std": float(known.std(correction=0)),
             }
+    return found
+
+
+def agreement(signal: Tensor, heldout: Mapping[str, Tensor], ids: Tensor) -> dict[str, float]:
+    """How far what is optimised (N,) and every held-out reward (N,) agree within prompts; NaN where one does not apply."""
+    found: dict[str, float] = {}
     for name, values in heldout.items():
-        both = ~(total.isnan() | values.isnan())
+        both = ~(signal.isnan() | values.isnan())
         if both.any():
-            tau = kendall_tau(total[both], values[both], ids[both])
+            tau = kendall_tau(signal[both], values[both], ids[both])
             found |= {} if math.isnan(tau) else {f"hack/tau/{name}": tau}
-            found[f"hack/starc/{name}"] = starc_distance(total[both], values[both], ids[both])
+            found[f"hack/starc/{name}"] = starc_distance(signal[both], values[both], ids[both])
     return found
 
 
 def relative(now: Mapping[str, float], base: Mapping[str, Any], heldout: Sequence[str]) -> dict[str, float]:
-    """Measures relative to those before training: diversity ratio, and gap of trained and held-out reward.
+    """Measures relative to those before training: diversity ratio, and gap of what is optimised and each held-out reward.
 
     gap = (total - its base mean) / its base std - the same of the held-out reward, in standard deviations of the base model's
-    pictures. Left out where the base model's pictures all score the same, or were not measured.
+    pictures. Left out where the base model's pictures all score the same, or were not measured, and where the total cannot do
+    without a reward that learns.
     """
     found = {}
     if base.get("diversity/pairwise") and "diversity/pairwise" in now:

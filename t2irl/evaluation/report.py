@@ -24,7 +24,7 @@ from t2irl.evaluation.charts import Points, against_distance, collect, grouped, 
 from t2irl.evaluation.findings import Alarm, alarms, headline, measures
 from t2irl.evaluation.frames import Frame, load_frames
 from t2irl.evaluation.glossary import glossary, lookup
-from t2irl.evaluation.rules import RULES, Monitors, fired
+from t2irl.evaluation.rules import RULES, Monitors, fired, primary_of
 from t2irl.footprint import sentence
 from t2irl.utils.progress import duration
 from t2irl.utils.tracking import write_atomic
@@ -61,7 +61,11 @@ def write_report(folder: Path) -> Path:
     points = collect(run.rows)
     found = measures(run.summary, points, list(run.config.get("rewards") or {}))
     frames, notes = load_frames(folder / "grids")
-    raised = [*(Alarm(text) for text in _warnings(run)), *_fired(run), *alarms(points, found)]
+    raised = [
+        *(Alarm(text) for text in _warnings(run)),
+        *_fired(run),
+        *alarms(points, found, (run.config.get("evaluation") or {}).get("images")),
+    ]
     raised += [Alarm(text) for text in (*run.notes, *notes)]
     page = _render(
         run=run,
@@ -125,7 +129,7 @@ def _fired(run: Recorded) -> list[Alarm]:
     watched, images = _watched(run), (run.config.get("evaluation") or {}).get("images")
     if watched is None or not images:
         return []
-    found = fired(run.rows, watched, _monitors(run).patience, images)
+    found = fired(run.rows, watched, _monitors(run).patience, images, primary_of(run.config.get("combine")))
     ended = run.summary.get("stopped")
     return [
         Alarm(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from t2irl.strict import Strict
 
-Rule = Literal["below_base", "off_peak", "tau_halved", "diversity_low", "duplicates", "gap_opens"]
+Rule = Literal["below_base", "off_peak", "tau_halved", "diversity_low", "duplicates", "gap_opens", "primary_falls"]
 Row = Mapping[str, Any]
 ERRORS = 2.0
 """Standard errors from which a fall counts."""
@@ -32,6 +33,10 @@ class Monitors(Strict):
     """Held-out prompts whose pictures are compared with one another and scored by trained and held-out rewards; 0: none."""
     images: int = Field(default=4, ge=2)
     """Pictures of each of these prompts."""
+    features: Path | None = None
+    """Folder of a vision transformer by whose features (the vector of the whole picture) pictures are compared: DINOv2, DINOv3,
+    SigLIP or CLIP, of transformers, timm or open_clip. Take another one than the rewards do. null: their pixels, shrunk to
+    16 x 16."""
     heldout: str | None = None
     """The held-out reward that rules, early stop and best checkpoint look at; null: the first one."""
     patience: PositiveInt = 3
@@ -39,7 +44,8 @@ class Monitors(Strict):
     stop: tuple[Rule, ...] = ()
     """Rules that end the run when they fire: below_base (held-out reward below the base model's by two standard errors),
     off_peak (below its own best), tau_halved (trained and held-out reward agree half as well as at the start), diversity_low,
-    duplicates, gap_opens (the trained reward rises away while the held-out one falls)."""
+    duplicates, gap_opens (the trained reward rises away while the held-out one falls), primary_falls (the same of the total and
+    the reward of `combine.gate`)."""
     best: Literal["none", "keep", "export"] = "keep"
     """The checkpoint of the best held-out reward: keep it in `best`, beside the newest ones in `checkpoints`, or also write it
     to `export_best` at the end."""
@@ -48,14 +54,18 @@ class Monitors(Strict):
         """Name of the held-out reward that is looked at; None if there is none."""
         return self.heldout or next(iter(heldout_rewards), None)
 
-    def problem(self, heldout_rewards: Mapping[str, Any]) -> str | None:
-        """Why these settings cannot work with the run's held-out rewards, if they cannot."""
+    def problem(self, heldout_rewards: Mapping[str, Any], primary: str | None = None) -> str | None:
+        """Why these settings cannot work with the run's held-out rewards and the reward of its gate, if they cannot."""
         if self.heldout is not None and self.heldout not in heldout_rewards:
             known = ", ".join(heldout_rewards) or "none"
             return f"monitors.heldout = {self.heldout} is not among heldout_rewards: {known}"
         if not heldout_rewards and (self.stop or self.best == "export"):
             key = "stop" if self.stop else "best"
             return f"monitors.{key} needs a held-out reward to look at: add one to heldout_rewards"
+        if "primary_falls" in self.stop and primary is None:
+            return "monitors.stop = primary_falls needs a primary reward, which combine.gate names: add one, or drop the rule"
+        if self.features is not None and self.prompts == 0:
+            return f"monitors.features = {self.features} needs pictures to look at: set monitors.prompts above 0"
         needy = [rule for rule in self.stop if self.prompts == 0]
         return f"monitors.stop = {needy[0]} needs pictures to measure: set monitors.prompts above 0" if needy else None
 
@@ -81,16 +91,24 @@ def best_iteration(rows: Sequence[Row], watched: str) -> int | None:
     return max(trained, key=lambda row: row[f"heldout/{watched}"])["iteration"] if trained else None
 
 
-def fired(rows: Sequence[Row], watched: str, patience: int, images: int) -> list[Fired]:
-    """Rules that fired so far, each once. `images`: pictures of an evaluation, for the standard error of its means."""
+def primary_of(combine: Any) -> str | None:
+    """The reward that the gate of a `combine` section names, as settings or as read from a file; None without one."""
+    tree = combine.model_dump() if isinstance(combine, Strict) else combine
+    return ((tree or {}).get("gate") or {}).get("reward")
+
+
+def fired(rows: Sequence[Row], watched: str, patience: int, images: int, primary: str | None = None) -> list[Fired]:
+    """Rules that fired so far, each once. `images`: pictures of an evaluation, for the standard error of its means. `primary`: the
+    trained reward without which the others do not count."""
     found: dict[str, Fired] = {}
     evaluated = measured(rows, watched)
     for end in range(2, len(evaluated) + 1):
         seen = evaluated[:end]
         for rule, (metric, judge) in RULES.items():
-            text = None if rule in found else judge(seen, watched, patience, images)
+            name = primary if rule == "primary_falls" else watched
+            text = None if rule in found or name is None else judge(seen, name, patience, images)
             if text:
-                found[rule] = Fired(rule, seen[-1]["iteration"], text, metric.format(watched=watched))
+                found[rule] = Fired(rule, seen[-1]["iteration"], text, metric.format(watched=name))
     return list(found.values())
 
 
@@ -158,6 +176,20 @@ def _gap_opens(seen: Sequence[Row], watched: str, patience: int, images: int) ->
     return f"the trained reward rises away from {watched}, which falls: gap {gaps[0]:.2f} -> {gaps[-1]:.2f} standard deviations"
 
 
+def _primary_falls(seen: Sequence[Row], primary: str, patience: int, images: int) -> str | None:
+    window, key = seen[-max(3, patience) :], f"heldout/{primary}"
+    totals, values = ([row.get(name) for row in window] for name in ("monitor/total/mean", key))
+    known = [total for total in totals if total is not None]
+    if len(window) < 3 or len(known) < len(window) or None in values:
+        return None
+    if not _fell(window[0], window[-1], primary, images) or not slope([row[key] for row in window]) < 0 < slope(known):
+        return None
+    return (
+        f"the total rises while {primary}, without which the other rewards should not count, falls: {values[0]:.3f} -> "
+        f"{values[-1]:.3f}. Raise the level of combine.gate"
+    )
+
+
 def slope(values: Sequence[float]) -> float:
     """Of the least-squares line through values at equal distances."""
     middle = (len(values) - 1) / 2
@@ -171,5 +203,6 @@ RULES: dict[Rule, tuple[str, Callable[[Sequence[Row], str, int, int], str | None
     "diversity_low": ("diversity/ratio", _diversity_low),
     "duplicates": ("diversity/duplicates", _duplicates),
     "gap_opens": ("hack/gap/{watched}", _gap_opens),
+    "primary_falls": ("heldout/{watched}", _primary_falls),
 }
 """Name -> the metric that it is seen in, and what it says of evaluations so far if it fires."""

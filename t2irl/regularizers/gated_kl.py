@@ -10,7 +10,6 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from t2irl.advantages import total_score
 from t2irl.batches import assigned
 from t2irl.config import Run, Strict
 from t2irl.dynamics.base import KLKind
@@ -60,7 +59,8 @@ class GatedKl(Kl):
         kind: KLKind = "no_dt"
         """As for kl; published: no_dt, with coefficient 0.04. With dynamics of type matching use v_mse."""
         proxy: str | None = None
-        """Name of the trained reward that may be hacked; null: the weighted sum of all trained rewards."""
+        """Name of the trained reward that may be hacked, of which less is more if its weight is below 0; null: what all trained
+        rewards make together (`combine`, `advantage.combine`)."""
         auxiliaries: tuple[str, ...] = ()
         """Names of rewards of weight 0 that judge the same pictures; needed. The more and the less alike, the better."""
         share: float = Field(0.1, gt=0, le=1)
@@ -113,14 +113,17 @@ class GatedKl(Kl):
         self.update = 0
 
     def prepare(self, name: str, parts: Parts) -> None:
-        """Learn the weights of the rewards, and how images are dealt out to updates."""
+        """Learn the weights of the rewards, what they make together, and how images are dealt out to updates."""
         super().prepare(name, parts)
-        self.weights, self.geometry = parts.rewards.weights, parts.geometry
+        self.weights, self.geometry, self.optimised = parts.rewards.weights, parts.geometry, parts.pipeline.optimised
 
     def shape(self, advantages: Tensor, rollout: Rollout) -> Tensor:
         """Choose the images of this iteration; advantages stay."""
         c, scores = self.config, rollout.scores
-        proxy = scores[c.proxy] if c.proxy is not None else total_score(scores, self.weights)
+        if c.proxy is not None:
+            proxy = scores[c.proxy] * (1 if self.weights[c.proxy] > 0 else -1)
+        else:
+            proxy = self.optimised.signal(scores, rollout.ids, pooled=c.scope == "batch")
         auxiliaries = [scores[name] for name in c.auxiliaries]
         groups = rollout.ids if c.scope == "group" else None
         uncertain = uncertainty(proxy, auxiliaries, groups, c.ties) * (1 if c.sign == "paper" else -1)

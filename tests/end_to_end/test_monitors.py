@@ -52,6 +52,17 @@ def test_a_rule_ends_the_run_and_the_end_is_final(
     assert_same_run(run_dir, whole, 3)
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["beside another", "alone"])
+def test_a_reward_that_learns_takes_no_gap_away_but_its_own(config: Path, run_dir: Path, alone: bool) -> None:
+    """The total is then of the rewards that do not; without any there is none."""
+    weight = "--rewards.bright.weight=0" if alone else "--rewards.bright.weight=2"
+    assert train(config, *WATCH[:1], *WATCH[2:], f"--rewards.moody.type={PLUGINS}:Moody", weight, "--iterations=1") == 0
+    last = metrics(run_dir)[-1]
+    assert ("hack/gap/vivid" in last) == ("monitor/total/mean" in last) == (not alone)
+    assert last.get("monitor/total/mean", 0) == pytest.approx(0 if alone else 2 * last["monitor/bright/mean"])
+    assert "hack/starc/vivid" in last and "monitor/moody/mean" in last
+
+
 MONITORED = ("heldout/", "monitor/", "hack/", "diversity/", "policy/kl_reference")
 
 

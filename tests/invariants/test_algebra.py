@@ -87,7 +87,9 @@ def test_without_the_section_nothing_changes_by_a_bit() -> None:
         credit = plain.credit(table(), IDS)
         expected = group_advantages(table(), plain.weights, IDS, plain.run.advantage)
         assert torch.equal(credit.advantages, expected)
-        assert credit.factors is None and credit.metrics == {} and plain.state_dict() == {} and plain.needed == []
+        apart = "advantage" in changes  # whose curve has a scale
+        assert credit.factors is None and plain.needed == []
+        assert bool(credit.metrics) == bool(plain.state_dict()) == apart
         some = torch.randn(4)
         assert credit.filtered(some, slice(4, 8)) is some
 

@@ -180,6 +180,31 @@ def test_whom_the_gate_chooses() -> None:
     assert not torch.equal(chosen["random"], chosen["paper"])
 
 
+def test_the_gate_ranks_by_what_is_optimised() -> None:
+    """A proxy of negative weight the other way round; without a name, what the rewards make together."""
+    less = {"brightness": {"type": "tests.invariants.toy:Brightness", "weight": -1}}
+    more = {"dim": {"type": "tests.invariants.toy:Brightness"}}
+    limited = {
+        "aggregate": {"type": "constraints", "initial": 1},
+        "rewards": {"dim": {"constraint": {"at": 0, "sense": "at_most"}}},
+    }
+    for rewards, proxy, combine in (
+        (REWARDS | less, "brightness", None), (REWARDS | less, None, None), (REWARDS | more, None, limited)
+    ):  # fmt: skip
+        changes = {"combine": combine, "heldout_rewards": {"gold": REWARDS["brightness"]}}
+        run = gardo_run({"gate": {**GATE, "proxy": proxy}, "slow": SLOW}, rewards=rewards, **changes)
+        parts = toy_parts(run)
+        advantages, rollout = scored(run, parts)
+        parts.regularizers["gate"].shape(advantages, rollout)
+        witnesses = [rollout.scores["red"], rollout.scores["detail"]]
+        optimised = -rollout.scores["brightness"]
+        if combine:
+            first, cost = rollout.scores["brightness"], rollout.scores["dim"]
+            w = parts.pipeline.multipliers.weights()
+            optimised = w[0] * first + w[1]["dim"] * cost
+        assert torch.equal(parts.regularizers["gate"].chosen, gate(uncertainty(optimised, witnesses), 0.2))
+
+
 @pytest.mark.parametrize("tune", [{"type": "lora", "rank": 4, "alpha": 8}, {"type": "full"}], ids=["lora", "full"])
 def test_the_reference_policy_follows_in_jumps(tune: Mapping[str, Any]) -> None:
     """It begins as the base model; after three updates it is the policy of the next iteration's start, to the bit, and only then."""

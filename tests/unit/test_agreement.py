@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 from t2irl.evaluation.agreement import canonical, error_correlation, kendall_tau, starc_distance
+from t2irl.evaluation.distances import within_prompts
 from t2irl.evaluation.diversity import coarse_pixels, diversity
 from t2irl.evaluation.overoptimization import Fit, best_of_k, best_of_n_kl, fit
 
@@ -100,6 +101,17 @@ def test_scores_that_are_missing_are_left_out_of_best_of_k() -> None:
     assert torch.allclose(curve[:3], (left[0] + left[1][:3]) / 2)
     assert torch.allclose(curve[3:], (left[0][2] + left[1][3:]) / 2)  # there are no more than three to pick from
     assert best_of_k(proxy[2:], gold[2:]).isnan().all()
+
+
+def test_diversity_of_features_is_their_angle() -> None:
+    """Whatever their length: 1 - cosine, and duplicates from a cosine of 0.95 on, as in `t2irl eval`."""
+    features = torch.tensor([[1.0, 0, 0], [0, 5, 0], [2, 0, 0.5], [0, 3, 0]])
+    groups = torch.tensor([0, 1, 0, 1])
+    found = diversity(features, groups, cosine=True)
+    assert found == pytest.approx(((1 - 2 / 4.25**0.5) / 2, 1.0))
+    assert diversity(features, torch.tensor([0, 0, 1, 1]), cosine=True) == pytest.approx((1.0, 0.0))
+    within = within_prompts(features.double().numpy()[[0, 2, 1, 3]].reshape(2, 2, 3))
+    assert found == pytest.approx((within.pairwise.mean(), within.duplicates.mean()))
 
 
 def test_correlation_of_errors() -> None:

@@ -57,13 +57,19 @@ METRICS = [
 """Every metric that a run logs."""
 
 
-def test_alarm_when_reward_and_held_out_measure_part() -> None:
-    def raised(fall: float) -> list[str | None]:
-        points = {"reward/total/mean": [(i, 0.4 + 0.01 * i) for i in range(1, 31)]}
-        points |= {"heldout/correct": [(0, 0.4), (30, 0.6)], "heldout/cleanliness": [(0, 0.8), (30, 0.8 - fall)]}
-        return [a.metric for a in alarms(points, measures({}, points, ["shapes"]))]
+@pytest.mark.parametrize("scale", [0.01, 1, 20], ids=["small", "to 1", "PickScore"])
+def test_alarm_when_reward_and_held_out_measure_part(scale: float) -> None:
+    """Beyond two standard errors, whatever the unit: 2 x 0.4 x sqrt(2 / 200) = 0.08 of it."""
 
-    assert raised(0.04) == ["heldout/cleanliness"] and raised(0.02) == []
+    def raised(fall: float, std: float | None = 0.4, total: float = 0.01) -> list[str | None]:
+        points = {"reward/total/mean": [(i, 0.4 + total * i) for i in range(1, 31)]}
+        points |= {"heldout/correct": [(0, 0.4), (30, 0.6)], "heldout/clean": [(0, scale), (30, (1 - fall) * scale)]}
+        points |= {} if std is None else {"monitor/clean/std": [(0, std * scale), (30, std * scale)]}
+        return [a.metric for a in alarms(points, measures({}, points, ["shapes"]), 200)]
+
+    assert raised(0.09) == ["heldout/clean"] and raised(0.07) == [] and raised(0.09, total=-0.01) == []
+    assert raised(0.09, std=0.5) == []
+    assert raised(0.09, std=None) == [] and raised(0.11, std=None) == ["heldout/clean"]  # a tenth of the base value
 
 
 def test_no_alarm_for_a_judge_that_moves() -> None:

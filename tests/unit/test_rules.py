@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from t2irl.errors import ConfigError
-from t2irl.evaluation.monitors import compare, path_kl, relative
-from t2irl.evaluation.rules import RULES, Monitors, best_iteration, fired, slope
+from t2irl.algebra.config import Combine
+from t2irl.errors import ConfigError, DataError
+from t2irl.evaluation.features import looker
+from t2irl.evaluation.monitors import agreement, moments, path_kl, relative
+from t2irl.evaluation.rules import RULES, Monitors, best_iteration, fired, primary_of, slope
 from t2irl.loading import load_run
 from t2irl.rollout import Noise
 from t2irl.types import PromptGroups, Trajectory
@@ -59,6 +62,22 @@ def test_the_gap_rule_asks_for_a_rising_gap_and_a_falling_reward() -> None:
     assert slope([1, 3, 5]) == 2 and slope([2, 2]) == 0
 
 
+def test_the_primary_reward_must_not_fall_while_the_total_rises() -> None:
+    def rules(first: list[float], total: list[float], primary: str | None = "first") -> dict[str, int]:
+        others = {"heldout__first": first, "monitor__first__std": [0.4] * 4, "monitor__total__mean": total}
+        return {f.rule: f.iteration for f in fired(rows([0.5] * 4, **others), "gold", 2, 200, primary)}
+
+    assert rules([0.8, 0.75, 0.7, 0.5], [1, 2, 3, 4]) == {"primary_falls": 20}
+    assert rules([0.8, 0.75, 0.7, 0.5], [1, 2, 3, 4], None) == {}
+    assert rules([0.8, 0.75, 0.7, 0.5], [4, 3, 2, 1]) == {} and rules([0.8, 0.8, 0.79, 0.8], [1, 2, 3, 4]) == {}
+    others = {"heldout__first": [0.8, 0.6, 0.4], "monitor__first__std": [0.4] * 3, "monitor__total__mean": [1, 2, 3]}
+    (alarm,) = fired(rows([0.5] * 3, **others), "gold", 2, 200, "first")
+    assert alarm.metric == "heldout/first" and "falls: 0.800 -> 0.400" in alarm.text
+    combine = Combine.model_validate({"gate": {"type": "hard", "reward": "first", "at": 0}})
+    assert primary_of(combine) == primary_of(combine.model_dump(mode="json")) == "first"
+    assert primary_of(None) is None and primary_of(Combine()) is None
+
+
 def test_the_best_is_the_first_highest_after_training_began() -> None:
     assert best_iteration(rows([0.9, 0.4, 0.6, 0.6]), "gold") == 20
     assert best_iteration(rows([0.9]), "gold") is None
@@ -70,15 +89,19 @@ def test_relative_measures_are_in_units_of_the_base_model() -> None:
     now = {"diversity/pairwise": 0.1, "monitor/total/mean": 4.0, "monitor/gold/mean": 0.25, "monitor/flat/mean": 1.0}
     assert relative(now, base, ["gold", "flat"]) == {"diversity/ratio": 0.5, "hack/gap/gold": 2.5}
     assert relative(now, {}, ["gold"]) == {}
+    # No total: it cannot do without a reward that learns.
+    assert relative({k: v for k, v in now.items() if "total" not in k}, base, ["gold"]) == {"diversity/ratio": 0.5}
 
 
-def test_comparison_leaves_out_what_does_not_apply_and_what_has_no_weight() -> None:
+def test_comparison_leaves_out_what_does_not_apply() -> None:
     ids = torch.tensor([0, 0, 0, 1, 1, 1])
-    gold = torch.tensor([1.0, 2, 3, 1, 2, math.nan])
-    trained = {"a": torch.tensor([2.0, 4, 6, 2, 4, 0]), "none": torch.full((6,), math.nan), "b": -100 * gold}
-    found = compare(trained, {"a": 1.0, "none": 1.0, "b": 0.0}, {"gold": gold}, ids)
-    assert found["hack/tau/gold"] == pytest.approx(1) and found["hack/starc/gold"] == pytest.approx(0, abs=1e-7)
+    gold, signal = torch.tensor([1.0, 2, 3, 1, 2, math.nan]), torch.tensor([2.0, 4, 6, 2, 4, 0])
+    found = agreement(signal, {"gold": gold, "none": torch.full((6,), math.nan)}, ids)
+    assert found == pytest.approx({"hack/tau/gold": 1, "hack/starc/gold": 0}, abs=1e-7)
+    assert agreement(signal.where(ids == 0, math.nan), {"gold": -gold}, ids)["hack/tau/gold"] == pytest.approx(-1)
+    found = moments({"total": signal, "gold": gold, "none": torch.full((6,), math.nan)})
     assert found["monitor/total/mean"] == pytest.approx(3) and found["monitor/gold/mean"] == pytest.approx(1.8)
+    assert found["monitor/gold/std"] == pytest.approx(0.56**0.5) and len(found) == 4
 
 
 def test_divergence_is_zero_at_first_and_the_integral_of_the_velocities() -> None:
@@ -112,6 +135,11 @@ def test_settings_that_cannot_work_are_refused() -> None:
     assert "not among heldout_rewards: gold" in str(Monitors(heldout="glod").problem(known))
     assert "needs a held-out reward" in str(Monitors(stop=("off_peak",)).problem({}))
     assert "needs a held-out reward" in str(Monitors(best="export").problem({}))
+    assert "features = x needs pictures" in str(Monitors(features=Path("x"), prompts=0).problem(known))
+    assert "which combine.gate names" in str(Monitors(stop=("primary_falls",)).problem(known))
+    assert Monitors(stop=("primary_falls",)).problem(known, "first") is None
+    with pytest.raises(DataError, match=r"monitors\.features = assets/prompts: "):
+        looker(Path("assets/prompts"), torch.device("cpu"))
     assert "set monitors.prompts above 0" in str(Monitors(stop=("off_peak",), prompts=0).problem(known))
     with pytest.raises(ConfigError, match=r"monitors\.heldout = glod is not among"):
         load_run([ROOT / "configs/tiny/demo.yaml"], ["--monitors.heldout", "glod"])
