@@ -230,7 +230,9 @@ def server_key(args: argparse.Namespace) -> str | None:
         return None
     key = os.environ.get(args.api_key_env)
     if not key:
-        raise ValueError(f"--api-key-env {args.api_key_env}: no such environment variable, or it is empty; set it first")
+        raise ValueError(
+            f"--api-key-env {args.api_key_env}: no such environment variable, or it is empty; set it first"
+        )
     return key
 
 

@@ -30,7 +30,8 @@ class RewardSet:
         self.rewards: dict[str, Reward] = {n: registry.build("rewards", c, device) for n, c in configs.items()}
         self.weights = {name: reward.config.weight for name, reward in self.rewards.items()}
         self.device, self.batch_size, self.work = device, batch_size, work
-        self._latest: dict[str, Tensor] = {}
+        self.each: dict[str, Tensor] = {}
+        """What every judge of a reward said of the pictures scored last: name -> (judges, B) float64."""
         for name, reward in self.rewards.items():
             reward.seed, reward.name = seed, name
 
@@ -73,20 +74,24 @@ class RewardSet:
         return even_chunks(images, self.batch_size)
 
     def score_batch(self, images: Tensor, groups: PromptGroups) -> dict[str, Tensor]:
-        """As `score`, of one batch, by all rewards in turn."""
-        pictures, scores = images.to(self.device).float().div(255), {}
+        """Of one batch, by all rewards in turn: name -> (judges, n) float64, of which scores are the means. Raises as `score`."""
+        pictures, each = images.to(self.device).float().div(255), {}
         for name, reward in self._per_image().items():
             self.work["reward_calls"] += 1
             self.work["scored_images"] += len(groups)
             with torch.no_grad():
-                scores[name] = reward.score(pictures, groups).float().cpu()
-            self._check(name, reward, scores[name], groups)
-        return scores
+                each[name] = reward.each(pictures, groups).cpu().double()
+            self._check(name, reward, each[name].mean(0), groups)
+        return each
 
     def joined(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The scores of a whole rollout from those of its batches; `update` will know them."""
-        self._latest = {n: torch.cat([torch.empty(0), *(batch[n] for batch in batches)]) for n in self._per_image()}
-        return dict(self._latest)
+        """The scores of a whole rollout, as `score`, from its batches' `score_batch`. `update` will know them."""
+        names, none = self._per_image(), torch.empty(1, 0, dtype=torch.float64)
+        self.each = {n: torch.cat([batch[n] for batch in batches], 1) if batches else none for n in names}
+        return self._scores()
+
+    def _scores(self) -> dict[str, Tensor]:
+        return {name: values.mean(0).float() for name, values in self.each.items()}
 
     def only(self, names: Collection[str]) -> RewardSet:
         """Some of these rewards: the same objects in a set of their own."""
@@ -124,7 +129,7 @@ class RewardSet:
         for name, reward in self.rewards.items():
             metrics |= {f"reward/{name}/{key}": value for key, value in reward.report().items()}
             if reward.learns:
-                reward.rollout_scores = {n: (self.weights[n], values) for n, values in self._latest.items()}
+                reward.rollout_scores = {n: (self.weights[n], values) for n, values in self._scores().items()}
                 found = reward.update(images.to(self.device).float().div(255), groups)
                 metrics |= {f"reward/{name}/{key}": value for key, value in found.items()}
                 policy_turn = policy_turn and reward.policy_turn

@@ -175,7 +175,10 @@ def test_the_command_line_against_a_server(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--server=http://127.0.0.1:9/v1", "--api-key-env=NO_SUCH_KEY"], "--api-key-env NO_SUCH_KEY: no such environment"),
+        (
+            ["--server=http://127.0.0.1:9/v1", "--api-key-env=NO_SUCH_KEY"],
+            "--api-key-env NO_SUCH_KEY: no such environment",
+        ),
         (["--model=x", "--api-key-env=KEY"], "--api-key-env KEY belongs to --server, which is missing"),
         (["--model=x", "--server-model=judge"], "--server-model judge belongs to --server, which is missing"),
     ],
