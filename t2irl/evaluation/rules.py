@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from t2irl.strict import Strict
 
-Rule = Literal["below_base", "off_peak", "tau_halved", "diversity_low", "duplicates", "gap_opens"]
+Rule = Literal["below_base", "off_peak", "tau_halved", "diversity_low", "duplicates", "gap_opens", "few_count"]
 Row = Mapping[str, Any]
 ERRORS = 2.0
 """Standard errors from which a fall counts."""
@@ -21,6 +21,8 @@ DIVERSITY = 0.7
 """Share of the base model's diversity that should be left."""
 MORE_DUPLICATES = 0.1
 """Rise of the share of duplicates over the base model's that should not be exceeded."""
+SHARE = 0.5
+"""Effective share of a group, by the weights of `uncertainty`, below which few of its pictures decide."""
 TAU_FLOOR = 0.1
 """Agreement with the base model's pictures below which its halving says nothing."""
 
@@ -39,7 +41,8 @@ class Monitors(Strict):
     stop: tuple[Rule, ...] = ()
     """Rules that end the run when they fire: below_base (held-out reward below the base model's by two standard errors),
     off_peak (below its own best), tau_halved (trained and held-out reward agree half as well as at the start), diversity_low,
-    duplicates, gap_opens (the trained reward rises away while the held-out one falls)."""
+    duplicates, gap_opens (the trained reward rises away while the held-out one falls), few_count (weights by uncertainty leave less
+    than half of a group)."""
     best: Literal["none", "keep", "export"] = "keep"
     """The checkpoint of the best held-out reward: keep it in `best`, beside the newest ones in `checkpoints`, or also write it
     to `export_best` at the end."""
@@ -56,7 +59,7 @@ class Monitors(Strict):
         if not heldout_rewards and (self.stop or self.best == "export"):
             key = "stop" if self.stop else "best"
             return f"monitors.{key} needs a held-out reward to look at: add one to heldout_rewards"
-        needy = [rule for rule in self.stop if self.prompts == 0]
+        needy = [rule for rule in self.stop if self.prompts == 0 and rule != "few_count"]
         return f"monitors.stop = {needy[0]} needs pictures to measure: set monitors.prompts above 0" if needy else None
 
 
@@ -158,6 +161,15 @@ def _gap_opens(seen: Sequence[Row], watched: str, patience: int, images: int) ->
     return f"the trained reward rises away from {watched}, which falls: gap {gaps[0]:.2f} -> {gaps[-1]:.2f} standard deviations"
 
 
+def _few_count(seen: Sequence[Row], watched: str, patience: int, images: int) -> str | None:
+    late = seen[1:][-patience:]
+    for key in late[-1]:
+        shares = [row.get(key) for row in late if key.endswith("/effective_share")]
+        if len(shares) == patience and all(share is not None and share < SHARE for share in shares):
+            return f"{key} is at {shares[-1]:.2f}: few pictures of a group decide"
+    return None
+
+
 def slope(values: Sequence[float]) -> float:
     """Of the least-squares line through values at equal distances."""
     middle = (len(values) - 1) / 2
@@ -171,5 +183,6 @@ RULES: dict[Rule, tuple[str, Callable[[Sequence[Row], str, int, int], str | None
     "diversity_low": ("diversity/ratio", _diversity_low),
     "duplicates": ("diversity/duplicates", _duplicates),
     "gap_opens": ("hack/gap/{watched}", _gap_opens),
+    "few_count": ("regularizer/<name>/<reward>/effective_share", _few_count),
 }
 """Name -> the metric that it is seen in, and what it says of evaluations so far if it fires."""

@@ -19,6 +19,7 @@ from t2irl.evaluation.evaluate import sample_fixed
 from t2irl.evaluation.hacks import HACKS, LIMIT, rise
 from t2irl.evaluation.monitors import compare
 from t2irl.evaluation.overoptimization import best_of_k, best_of_n_kl
+from t2irl.hacklab import uncertainty
 from t2irl.launch import write_json
 from t2irl.policy import Policy
 from t2irl.rewards.combine import RewardSet
@@ -91,6 +92,7 @@ def probe(run: Run, gold: str, prompts: int, images: int) -> dict[str, Any]:
             "hacks": {hack: dict(zip(("share", "rise"), rise(values, scores[name]), strict=True))
                       for hack, scores in changed.items()},
         }  # fmt: skip
+    result["uncertainty"] = uncertainty.check(run, found, gold)
     return result
 
 
@@ -129,6 +131,7 @@ def report(result: Mapping[str, Any]) -> str:
             for hack in HACKS
         ],
     )
+    lines += uncertainty.section(result["uncertainty"], result["gold"])
     return "\n".join(lines) + "\n"
 
 

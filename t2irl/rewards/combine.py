@@ -67,13 +67,13 @@ class RewardSet:
 
         Raises RunError, with the prompt, for an infinite score, and for NaN from a reward that may not skip images.
         """
-        return self.joined([self.score_batch(images[rows], groups[rows]) for rows in self.batches(len(groups))])
+        return self.joined([self.each_batch(images[rows], groups[rows]) for rows in self.batches(len(groups))])
 
     def batches(self, images: int) -> list[slice]:
         """The batches in which so many images are scored, in order."""
         return even_chunks(images, self.batch_size)
 
-    def score_batch(self, images: Tensor, groups: PromptGroups) -> dict[str, Tensor]:
+    def each_batch(self, images: Tensor, groups: PromptGroups) -> dict[str, Tensor]:
         """Of one batch, by all rewards in turn: name -> (judges, n) float64, of which scores are the means. Raises as `score`."""
         pictures, each = images.to(self.device).float().div(255), {}
         for name, reward in self._per_image().items():
@@ -85,7 +85,7 @@ class RewardSet:
         return each
 
     def joined(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The scores of a whole rollout, as `score`, from its batches' `score_batch`. `update` will know them."""
+        """The scores of a whole rollout, as `score`, from its batches' `each_batch`. `update` will know them."""
         names, none = self._per_image(), torch.empty(1, 0, dtype=torch.float64)
         self.each = {n: torch.cat([batch[n] for batch in batches], 1) if batches else none for n in names}
         return self._scores()

@@ -112,6 +112,8 @@ def test_each_reward_has_the_estimator_of_the_one_that_names_it() -> None:
         parts = toy_parts(run)
         advantages, rollout = shape(run, parts)
         found.append(advantages)
+        # Four rewards once, and one of them on another version of the pictures.
+        assert parts.family.work["scored_images"] == 24 * 5
     assert torch.equal(*found)
     red = rollout.scores["red"].double()
     centred = red - torch.stack([red[rollout.ids == g].mean() for g in rollout.ids])
