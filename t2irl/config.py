@@ -317,6 +317,16 @@ class Run(Strict):
         return self
 
     @model_validator(mode="after")
+    def _weights_are_there_to_watch(self) -> Run:
+        weighted = any(config.type == "uncertainty" for config in self.regularizers.values())
+        if "few_count" in self.monitors.stop and not weighted:
+            raise PydanticCustomError(
+                "monitors",
+                "monitors.stop = few_count looks at weights, which only a regulariser of type uncertainty has; add one, or drop it",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _names_are_unique(self) -> Run:
         both = sorted(set(self.rewards) & set(self.heldout_rewards))
         if both:

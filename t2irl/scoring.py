@@ -64,7 +64,7 @@ class Scorer:
         early = [batch.result() for batch in self._batches]
         late = self.rewards.batches(len(groups))[len(early) :]
         found = [batch.scores for batch in early] + [
-            self.rewards.score_batch(images[rows], groups[rows]) for rows in late
+            self.rewards.each_batch(images[rows], groups[rows]) for rows in late
         ]
         hidden = sum(max(min(batch.ended, asked) - batch.begun, 0.0) for batch in early)
         return self.rewards.joined(found, images, groups), {"time/score_hidden_s": hidden} if self.overlap else {}
@@ -80,7 +80,7 @@ class Scorer:
             return _Scored({}, begun, begun)
         self._failed = True  # until it has gone well
         with self._beside(drawn):
-            scores = self.rewards.score_batch(images, groups)
+            scores = self.rewards.each_batch(images, groups)
         self._failed = False
         return _Scored(scores, begun, time.perf_counter())
 

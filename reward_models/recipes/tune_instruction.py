@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -202,6 +203,7 @@ def parser() -> argparse.ArgumentParser:
     place.add_argument("--model", type=Path, help="folder of a vision-language model")
     place.add_argument("--server", help="address of an OpenAI-compatible server, ending in /v1")
     cli.add_argument("--server-model", help="name of the model on the server, if it offers several")
+    cli.add_argument("--api-key-env", help="environment variable that holds the server's key; without it, no key")
     cli.add_argument("--start", type=Path, default=SEED_INSTRUCTION, help="text file to start from")
     cli.add_argument(
         "--out", type=Path, required=True, help="JSON file of the beam; the best one also goes to .md beside it"
@@ -219,12 +221,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command(parser(), run, argv)
 
 
+def server_key(args: argparse.Namespace) -> str | None:
+    """The key from the environment, as the reward reads it. Raises ValueError for a missing one, or an option without a server."""
+    for option, value in (("--server-model", args.server_model), ("--api-key-env", args.api_key_env)):
+        if value is not None and args.server is None:
+            raise ValueError(f"{option} {value} belongs to --server, which is missing; give --server, or drop it")
+    if args.api_key_env is None:
+        return None
+    key = os.environ.get(args.api_key_env)
+    if not key:
+        raise ValueError(
+            f"--api-key-env {args.api_key_env}: no such environment variable, or it is empty; set it first"
+        )
+    return key
+
+
 def run(args: argparse.Namespace) -> None:
     """What `main` does, with errors raised."""
+    key = server_key(args)
     parts = split(load_labelled(args.images), args.seed)
     judge: Judge
     if args.server:
-        judge = ServerJudge(args.server, args.server_model)
+        judge = ServerJudge(args.server, args.server_model, key)
     else:
         dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
         judge = LocalJudge.load(args.model, torch.device(args.device), dtype)

@@ -14,7 +14,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from t2irl.strict import Strict
 
-Rule = Literal["below_base", "off_peak", "tau_halved", "diversity_low", "duplicates", "gap_opens", "primary_falls"]
+Rule = Literal[
+    "below_base", "off_peak", "tau_halved", "diversity_low", "duplicates", "gap_opens", "primary_falls", "few_count"
+]
 Row = Mapping[str, Any]
 ERRORS = 2.0
 """Standard errors from which a fall counts."""
@@ -22,6 +24,8 @@ DIVERSITY = 0.7
 """Share of the base model's diversity that should be left."""
 MORE_DUPLICATES = 0.1
 """Rise of the share of duplicates over the base model's that should not be exceeded."""
+SHARE = 0.5
+"""Effective share of a group, by the weights of `uncertainty`, below which few of its pictures decide."""
 TAU_FLOOR = 0.1
 """Agreement with the base model's pictures below which its halving says nothing."""
 
@@ -45,7 +49,7 @@ class Monitors(Strict):
     """Rules that end the run when they fire: below_base (held-out reward below the base model's by two standard errors),
     off_peak (below its own best), tau_halved (trained and held-out reward agree half as well as at the start), diversity_low,
     duplicates, gap_opens (the trained reward rises away while the held-out one falls), primary_falls (the same of the total and
-    the reward of `combine.gate`)."""
+    the reward of `combine.gate`), few_count (weights by uncertainty leave less than half of a group)."""
     best: Literal["none", "keep", "export"] = "keep"
     """The checkpoint of the best held-out reward: keep it in `best`, beside the newest ones in `checkpoints`, or also write it
     to `export_best` at the end."""
@@ -66,7 +70,7 @@ class Monitors(Strict):
             return "monitors.stop = primary_falls needs a primary reward, which combine.gate names: add one, or drop the rule"
         if self.features is not None and self.prompts == 0:
             return f"monitors.features = {self.features} needs pictures to look at: set monitors.prompts above 0"
-        needy = [rule for rule in self.stop if self.prompts == 0]
+        needy = [rule for rule in self.stop if self.prompts == 0 and rule != "few_count"]
         return f"monitors.stop = {needy[0]} needs pictures to measure: set monitors.prompts above 0" if needy else None
 
 
@@ -190,6 +194,15 @@ def _primary_falls(seen: Sequence[Row], primary: str, patience: int, images: int
     )
 
 
+def _few_count(seen: Sequence[Row], watched: str, patience: int, images: int) -> str | None:
+    late = seen[1:][-patience:]
+    for key in late[-1]:
+        shares = [row.get(key) for row in late if key.endswith("/effective_share")]
+        if len(shares) == patience and all(share is not None and share < SHARE for share in shares):
+            return f"{key} is at {shares[-1]:.2f}: few pictures of a group decide"
+    return None
+
+
 def slope(values: Sequence[float]) -> float:
     """Of the least-squares line through values at equal distances."""
     middle = (len(values) - 1) / 2
@@ -204,5 +217,6 @@ RULES: dict[Rule, tuple[str, Callable[[Sequence[Row], str, int, int], str | None
     "duplicates": ("diversity/duplicates", _duplicates),
     "gap_opens": ("hack/gap/{watched}", _gap_opens),
     "primary_falls": ("heldout/{watched}", _primary_falls),
+    "few_count": ("regularizer/<name>/<reward>/effective_share", _few_count),
 }
 """Name -> the metric that it is seen in, and what it says of evaluations so far if it fires."""

@@ -141,3 +141,32 @@ def effective_share(weights: Tensor, groups: Groups) -> float:
     each = groups.sum(w) ** 2 / (groups.count * square.clamp_min(torch.finfo(torch.float64).tiny))
     each = each[groups.applies & (square > 0)]
     return float(each.mean()) if len(each) else 0.0
+
+
+def report(
+    uncertain: Tensor, weights: Tensor, mean: Tensor, noise: Tensor, signal: Tensor, groups: Groups
+) -> dict[str, float]:
+    """What metrics say of one reward's uncertainty and weights, over the images that count; nothing when none does."""
+    rows = groups.applies
+    if not rows.any():
+        return {}
+    quantiles = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    u, w = (values[rows].double().quantile(quantiles).tolist() for values in (uncertain, weights))
+    return {
+        "uncertainty_p10": u[0],
+        "uncertainty_p50": u[1],
+        "uncertainty_p90": u[2],
+        "weight_min": float(weights[rows].min()),
+        "weight_p10": w[0],
+        "weight_p90": w[2],
+        "effective_share": effective_share(weights, groups),
+        "noise_share": float((1 - reliability(noise, signal))[rows].mean()),
+        "weight_score_correlation": correlation(weights[rows], mean[rows]),
+    }
+
+
+def correlation(first: Tensor, second: Tensor) -> float:
+    """Pearson's, of two (n,) where neither is NaN; 0 where one is constant."""
+    known = ~(first.isnan() | second.isnan())
+    pair = torch.stack([first[known].double(), second[known].double()])
+    return float(torch.corrcoef(pair)[0, 1].nan_to_num(0)) if pair.shape[1] > 1 else 0.0

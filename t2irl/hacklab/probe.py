@@ -20,6 +20,7 @@ from t2irl.evaluation.agreement import error_correlation, kendall_tau, starc_dis
 from t2irl.evaluation.evaluate import sample_fixed
 from t2irl.evaluation.hacks import HACKS, LIMIT, rise
 from t2irl.evaluation.overoptimization import best_of_k, best_of_n_kl
+from t2irl.hacklab import uncertainty
 from t2irl.launch import write_json
 from t2irl.policy import Policy
 from t2irl.rewards.combine import RewardSet
@@ -93,6 +94,7 @@ def probe(run: Run, gold: str | None, prompts: int, images: int) -> dict[str, An
     return {
         "gold": gold, "prompts": prompts, "images": images, "kl": [best_of_n_kl(k) for k in range(1, images + 1)],
         "rewards": rewards, "error_correlation": {} if gold is None else _errors(found, gold),
+        "uncertainty": [] if gold is None else uncertainty.check(run, found, gold),
     }  # fmt: skip
 
 
@@ -144,7 +146,7 @@ def _changed(found: Samples, hack: str) -> dict[str, Tensor]:
     for rows in sets[0].batches(len(found.groups)):
         groups = found.groups[rows]
         pictures = HACKS[hack](found.images[rows].float() / 255, groups.texts).mul(255).round().byte()
-        batches.append({n: v for one in sets for n, v in one.score_batch(pictures, groups).items()})
+        batches.append({n: v for one in sets for n, v in one.score(pictures, groups).items()})
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
@@ -163,6 +165,7 @@ def report(result: Mapping[str, Any]) -> str:
     lines += _table(
         ["hack", *rewards], [[hack, *(_risen(r["hacks"][hack]) for r in rewards.values())] for hack in HACKS]
     )
+    lines += uncertainty.section(result["uncertainty"], result["gold"])
     return "\n".join(lines) + "\n"
 
 

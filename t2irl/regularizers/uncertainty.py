@@ -9,16 +9,18 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
+from t2irl import registry
 from t2irl.advantages import normalise, trained
-from t2irl.config import Run
+from t2irl.config import Run, Strict
 from t2irl.errors import ConfigError
-from t2irl.guards import credit
-from t2irl.guards.auxiliary import auxiliary_problem, trained_problem
+from t2irl.guards import credit, estimators
+from t2irl.guards.auxiliary import auxiliary_problem, trained_problem, unknown_problem
 from t2irl.guards.evaluations import Perturbation, drawn, drawn_again, perturbed
-from t2irl.guards.gardo import uncertainty
 from t2irl.policy import Policy
 from t2irl.regularizers.base import Regularizer
 from t2irl.regularizers.kl import Kl
+from t2irl.rewards.base import Reward
+from t2irl.rewards.combine import RewardSet
 from t2irl.types import MicroBatch, Prediction, Rollout
 from t2irl.utils import distributed
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from t2irl.train import Parts
 
 SETTINGS = {
-    "evaluations": ("augment", "steps", "tails"),
+    "evaluations": estimators.AGAIN,
     "perturbations": ("augment",),
     "noise_level": ("steps", "tails"),
     "tail_steps": ("tails",),
@@ -35,9 +37,9 @@ SETTINGS = {
 """Field -> the estimators that it has a meaning for."""
 MEMORY = 0.99
 """Share of the old scale of a reward's uncertainty that is kept in each iteration."""
-TINY = 1e-8
-"""Keeps the uncertainty finite where a reward has none."""
 SHUFFLE_STREAM = 0x5F
+ARTIFACT = ("artifact", "artifact_adaptive", "artifact_judge")
+"""Types of rewards that say how clean a picture is."""
 
 
 class Trust(Kl.Config):
@@ -47,11 +49,21 @@ class Trust(Kl.Config):
     """How much more an image of the median uncertainty, u = 1, weighs than one without any."""
 
 
+class Doubt(Strict):
+    """More uncertainty for pictures that another reward calls broken: u + factor x (1 - R)."""
+
+    reward: str
+    """Name of that reward R, in [0, 1] with 1 for a clean picture, such as an artifact reward; of any weight."""
+    factor: PositiveFloat = 0.5
+    """What is added for a picture that is broken beyond doubt, in units of the median uncertainty."""
+
+
 class Uncertainty(Regularizer):
     """Replaces the advantages by w (r - weighted mean of the group) / std, of each reward by itself, then weighted and added.
 
     r is the mean of K evaluations of an image, w falls with their spread. With `advantage`: eps, floor and clip stay, std and combine
-    are replaced. It sees variance, not bias: what a reward is wrong about and sure of stays, and that is what an artifact reward
+    are replaced. Several of them share the rewards: each judges those that it names, in its own way, and all parts are
+    added. It sees variance, not bias: what a reward is wrong about and sure of stays, and that is what an artifact reward
     or a gate is for. Before using it, check that uncertainty foretells error, and compare with the controls: `weighting: none`
     has as many evaluations, `control: shuffled` the same weights on other images.
     """
@@ -61,11 +73,12 @@ class Uncertainty(Regularizer):
 
         type: Literal["uncertainty"] = "uncertainty"
         rewards: tuple[str, ...] | None = None
-        """Names of the trained rewards that this is for; null: all. The others enter without weights."""
+        """Names of the trained rewards that this is for; null: all. Those that none is for enter without weights, with the `std` of
+        the first."""
         estimator: Literal["augment", "steps", "tails", "ensemble", "cross_reward"] = "augment"
         """Where the spread comes from. augment: the picture changed imperceptibly. steps: the picture as expected at neighbouring
-        noise levels. tails: the picture drawn again from a low noise level. ensemble: other judges of the same, in the same unit.
-        cross_reward: none; how much higher a reward ranks the image than the members do."""
+        noise levels. tails: the picture drawn again from a low noise level. ensemble: several judges of the same, in the same unit,
+        be they a reward's own or other rewards. cross_reward: none; how much higher a reward ranks the image than the members do."""
         evaluations: int = Field(default=2, ge=2)
         """K: evaluations of each image, that of the rollout included (augment, steps, tails)."""
         perturbations: tuple[Perturbation, ...] = Field(("jpeg", "crop", "shift", "gain"), min_length=1)
@@ -76,7 +89,8 @@ class Uncertainty(Regularizer):
         tail_steps: PositiveInt = 2
         """Steps of the ODE from there to the picture (tails)."""
         members: tuple[str, ...] = ()
-        """Names of rewards of weight 0: the other judges of ensemble, the witnesses of cross_reward."""
+        """Names of rewards of weight 0: the other judges of ensemble, the witnesses of cross_reward. Empty with ensemble: the
+        reward's own judges, such as the instructions of an artifact_judge, whose mean it is."""
         weighting: Literal["wiener", "exponential", "none"] = "wiener"
         """V2, w = signal / (signal + spread^2 / K); V1, w = exp(-u / temperature); or V0, w = 1, the mean of K evaluations."""
         temperature: PositiveFloat = 4.0
@@ -93,6 +107,8 @@ class Uncertainty(Regularizer):
         """V4: subtract so many standard deviations of the evaluations from the score."""
         drop: float = Field(default=0, ge=0, lt=1)
         """V6: the most uncertain share of images is left out."""
+        doubt: Doubt | None = None
+        """More uncertainty where another reward sees a fault (exponential); null: none."""
         trust: Trust | None = None
         """V5: a KL divergence that is larger for uncertain images; null: none."""
 
@@ -108,23 +124,16 @@ class Uncertainty(Regularizer):
             return self
 
         def problem(self, run: Run) -> str | None:
-            """Rewards that are not what they should be, or a second regulariser of this type."""
-            names = (
-                [name for name, config in run.rewards.items() if config.weight]
-                if self.rewards is None
-                else self.rewards
-            )
-            found = trained_problem(run, names, "rewards")
-            if self.estimator in SETTINGS["members"]:
-                found = found or auxiliary_problem(run, self.members, "members")
-            if self.estimator == "ensemble" and len(names) != 1:
-                found = (
-                    found
-                    or f"has estimator ensemble for {len(names)} rewards: name the one that its members judge in rewards"
-                )
-            if sum(config.type == self.type for config in run.regularizers.values()) > 1:
-                found = found or "is not the only one of type uncertainty; each would replace the other's advantages"
+            """Rewards that are not what they should be, or that another one is for as well."""
+            found = trained_problem(run, self.judged(run), "rewards") or _members_problem(self, run)
+            found = found or _doubt_problem(self, run) or _shared_problem(self, run)
             return found or (self.trust and self.trust.problem(run)) or super().problem(run)
+
+        def judged(self, run: Run) -> tuple[str, ...]:
+            """Names of the rewards that this is for."""
+            if self.rewards is not None:
+                return self.rewards
+            return tuple(name for name, config in run.rewards.items() if config.weight)
 
     comes_first = True
 
@@ -136,47 +145,46 @@ class Uncertainty(Regularizer):
         self.found: dict[str, float] = {}
 
     def prepare(self, name: str, parts: Parts) -> None:
-        """Get hold of the rewards and the policy. Raises ConfigError for a reward that changes between two evaluations."""
+        """Get hold of the rewards and the policy. Raises ConfigError for a reward that cannot be judged as it should."""
         self.run, self.policy, self.weights = parts.geometry.run, parts.policy, parts.rewards.weights
-        chosen = self.config.rewards
-        self.names = [n for n, weight in self.weights.items() if weight and (chosen is None or n in chosen)]
-        self.rewards = parts.rewards.only(self.names)
-        if self.config.estimator in SETTINGS["evaluations"] and self.rewards.learns:
-            learning = next(n for n in self.names if self.rewards.rewards[n].learns)
-            raise ConfigError(
-                f"regularizers.{name}: the reward {learning!r} learns between two evaluations of a picture; leave it out of "
-                "rewards, or use estimator: cross_reward"
-            )
+        chosen = self.config.judged(self.run)
+        self.names = [n for n in self.weights if n in chosen]
+        self.every, self.rewards = parts.rewards, parts.rewards.only(self.names)
+        refuse_unfit(name, self.config, self.rewards)
+        self.artifact = next((n for n, c in self.run.rewards.items() if c.type in ARTIFACT), None)
+        self.all = [r for r in parts.regularizers.values() if isinstance(r, Uncertainty)]
         if self.trust is not None:
             self.trust.prepare(name, parts)
 
     def shape(self, advantages: Tensor, rollout: Rollout) -> Tensor:
-        """This process's part of the new advantages, (B,) float32."""
-        evaluations, config = self._evaluations(rollout), self.run.advantage
+        """This process's part of the new advantages, (B,) float32. The first regulariser of this type does it for all."""
+        if self.all[0] is not self:
+            return advantages
+        config = self.run.advantage
+        plain = config.model_copy(update={"std": self.config.std})
+        own = {name: part for one in self.all for name, part in one.own(rollout).items()}
         total = torch.zeros(len(rollout.ids), dtype=torch.float64)
-        self.found, self.uncertain = {}, torch.zeros_like(total)
         for name, values in trained(rollout.scores, self.weights).items():
-            if name in evaluations:
-                part = self._advantages(name, evaluations[name], rollout)
-            else:
-                part = normalise(values.double(), rollout.ids, config.model_copy(update={"std": self.config.std}))
+            part = own[name] if name in own else normalise(values.double(), rollout.ids, plain)
             total += self.weights[name] * part
         total = total.clamp(-config.clip, config.clip)
         return total[rollout.own].to(advantages)
 
-    def _evaluations(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Reward name -> (N, K) float64: the rollout's score, then those of the other versions."""
-        c, trajectory, device = self.config, rollout.trajectory, self.policy.family.device
-        columns = {name: [rollout.scores[name]] for name in self.names}
-        if c.estimator == "ensemble":
-            columns[self.names[0]] += [rollout.scores[name] for name in c.members]
-        for number in range(1, c.evaluations if c.estimator in SETTINGS["evaluations"] else 1):
+    def own(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Advantages by each of its own rewards, before weights: name -> (N,) float64 over all processes."""
+        self.found, self.uncertain = {}, torch.zeros(len(rollout.ids), dtype=torch.float64)
+        device, each = self.policy.family.device, {}
+        if self.config.estimator == "ensemble" and not self.config.members:
+            each = {name: distributed.gather_rows(self.every.each[name].T, device).T for name in self.names}
+
+        def again(number: int) -> dict[str, Tensor]:
             images = self._version(rollout, number)
             with distributed.together(device):
-                found = self.rewards.score(images, trajectory.groups, whole=True)
-            for name, scores in found.items():
-                columns[name].append(distributed.gather_rows(scores, device))
-        return {name: torch.stack(values, 1).double() for name, values in columns.items()}
+                found = self.rewards.score(images, rollout.trajectory.groups, whole=True)
+            return {name: distributed.gather_rows(scores, device) for name, scores in found.items()}
+
+        table = estimators.evaluations(self.config, self.names, rollout.scores, each, again)
+        return {name: self._advantages(name, values, rollout) for name, values in table.items()}
 
     def _version(self, rollout: Rollout, number: int) -> Tensor:
         """Another version of this process's pictures, (B, 3, H, W) uint8."""
@@ -195,12 +203,8 @@ class Uncertainty(Regularizer):
     def _advantages(self, name: str, evaluations: Tensor, rollout: Rollout) -> Tensor:
         """Of one reward, over all processes, (N,) float64."""
         c, count, sign = self.config, evaluations.shape[1], 1 if self.weights[name] > 0 else -1
-        mean, deviation = credit.spread(evaluations)
-        size = deviation
-        if c.estimator == "cross_reward":
-            witnesses = [sign * rollout.scores[member] for member in c.members]
-            size = uncertainty(sign * mean, witnesses).clamp_min(0).nan_to_num(0).where(~mean.isnan(), torch.nan)
-        uncertain = size / (self._scale(name, size) + TINY)
+        mean, deviation, size = estimators.sizes(c, evaluations, rollout.scores, sign)
+        uncertain = estimators.relative(c, size, self._scale(name, size), rollout.scores)
         groups = credit.Groups.of(rollout.ids, ~mean.isnan() & ~credit.most_uncertain(uncertain, c.drop))
         noise, signal = credit.noise_and_signal(mean, deviation, count, groups)
         weights = torch.ones_like(mean)
@@ -208,7 +212,8 @@ class Uncertainty(Regularizer):
             weights = credit.exponential_weights(uncertain, c.temperature, c.lowest)
         elif c.weighting == "wiener":
             weights = credit.wiener_weights(deviation, count, signal)
-        seed = [self.run.seed, SHUFFLE_STREAM, rollout.iteration, self.names.index(name)]
+        stream = SHUFFLE_STREAM + self.all.index(self)
+        seed = [self.run.seed, stream, rollout.iteration, self.names.index(name)]
         weights = credit.normalised(credit.controlled(weights, groups, c.control, seed), groups)
         values = mean - c.pessimism * sign * deviation
         advantage = self.run.advantage
@@ -216,37 +221,19 @@ class Uncertainty(Regularizer):
         if c.group_reliability:
             found = found * credit.reliability(noise, signal)
         self.uncertain = torch.maximum(self.uncertain, uncertain.nan_to_num(0))
-        self._report(name, uncertain, weights, mean, noise, signal, groups)
+        numbers = {"scale": self.scales[name], **credit.report(uncertain, weights, mean, noise, signal, groups)}
+        if self.artifact is not None:  # of the spread itself, whatever doubt adds
+            rows = groups.applies
+            numbers["artifact_correlation"] = credit.correlation(size[rows], rollout.scores[self.artifact][rows])
+        self.found |= {f"{name}/{key}": value for key, value in numbers.items()} if groups.applies.any() else {}
         return found
 
     def _scale(self, name: str, size: Tensor) -> float:
-        """Running average of the median spread of a reward; of the median of positive excess ranks, since half of all are 0."""
-        known = size[~size.isnan()]
-        known = known[known > 0] if self.config.estimator == "cross_reward" else known
-        median = float(known.median()) if len(known) else 0.0
+        """Running average of the median size of a reward's uncertainty."""
+        median = estimators.median_size(self.config, size)
         old = self.scales.get(name, median)
         self.scales[name] = MEMORY * old + (1 - MEMORY) * median
         return self.scales[name]
-
-    def _report(
-        self, name: str, uncertain: Tensor, weights: Tensor, mean: Tensor, noise: Tensor, signal: Tensor,
-        groups: credit.Groups,
-    ) -> None:  # fmt: skip
-        rows = groups.applies
-        if not rows.any():
-            return
-        share = (1 - credit.reliability(noise, signal))[rows].mean()
-        pair = torch.stack([weights[rows], mean[rows]])
-        correlation = torch.corrcoef(pair)[0, 1].nan_to_num(0) if len(pair[0]) > 1 else torch.tensor(0.0)
-        numbers = {
-            "scale": self.scales[name],
-            "uncertainty_p90": float(uncertain[rows].quantile(0.9)),
-            "weight_min": float(weights[rows].min()),
-            "effective_share": credit.effective_share(weights, groups),
-            "noise_share": float(share),
-            "weight_score_correlation": float(correlation),
-        }
-        self.found |= {f"{name}/{key}": value for key, value in numbers.items()}
 
     def loss(self, policy: Policy, prediction: Prediction, batch: MicroBatch) -> Tensor | None:
         """The trust region's term, if there is one."""
@@ -273,15 +260,17 @@ class Uncertainty(Regularizer):
 def _misfit(c: Uncertainty.Config) -> str | None:
     """What in the settings contradicts itself, None if nothing does."""
     values = dict(c)
-    for name, estimators in SETTINGS.items():
-        if c.estimator not in estimators and values[name] != type(c).model_fields[name].default:
-            return f"{name} has no meaning with estimator {c.estimator}, only with {' and '.join(estimators)}: leave it out"
+    for name, known in SETTINGS.items():
+        if c.estimator not in known and values[name] != type(c).model_fields[name].default:
+            return f"{name} has no meaning with estimator {c.estimator}, only with {' and '.join(known)}: leave it out"
     if c.estimator == "cross_reward":
         spread = [("weighting: wiener", c.weighting == "wiener"), ("pessimism", c.pessimism > 0)]
         spread.append(("group_reliability", c.group_reliability))
         for setting, used in spread:
             if used:
                 return f"{setting} needs a spread in units of the reward, which estimator cross_reward has not; use weighting: exponential"
+    if c.doubt is not None and c.weighting != "exponential":
+        return f"doubt acts on weighting: exponential, but weighting is {c.weighting}; leave it out, or change that"
     if c.control != "none" and c.weighting == "none":
         return f"control: {c.control} needs weights, but weighting is none"
     if c.group_reliability and c.std != "group":
@@ -289,3 +278,54 @@ def _misfit(c: Uncertainty.Config) -> str | None:
     if c.rewards == ():
         return "rewards is empty: name some, or null for all"
     return None
+
+
+def _members_problem(c: Uncertainty.Config, run: Run) -> str | None:
+    """Why the rewards cannot be judged by the members, or by judges of their own."""
+    names = c.judged(run)
+    if c.estimator == "ensemble" and not c.members:
+        alone = [n for n in names if registry.find("rewards", run.rewards[n].type).judges is Reward.judges]
+        return (
+            f"needs members: names of rewards of weight 0 that judge as {alone[0]} does, which is one judge alone"
+            if alone
+            else None
+        )
+    if c.estimator == "ensemble" and len(names) != 1:
+        return f"has estimator ensemble for {len(names)} rewards: name the one that its members judge in rewards"
+    return auxiliary_problem(run, c.members, "members") if c.estimator in SETTINGS["members"] else None
+
+
+def _doubt_problem(c: Uncertainty.Config, run: Run) -> str | None:
+    """Why `doubt` cannot listen to its reward."""
+    if c.doubt is None:
+        return None
+    if c.doubt.reward in c.judged(run):
+        return f"has doubt.reward: {c.doubt.reward!r}, one of the rewards that it judges: name others in rewards"
+    return unknown_problem(run, c.doubt.reward, "doubt.reward")
+
+
+def _shared_problem(c: Uncertainty.Config, run: Run) -> str | None:
+    """Which other regulariser of this type is for the same reward."""
+    for name, other in run.regularizers.items():
+        if other is c or not isinstance(other, Uncertainty.Config):
+            continue
+        if None in (c.rewards, other.rewards):
+            return f"shares the type uncertainty with {name}: each must say in rewards which ones it is for"
+        if both := [reward for reward in c.judged(run) if reward in other.judged(run)]:
+            return f"and {name} both have rewards: {both[0]!r}, but a reward has one estimator: drop it in one of them"
+    return None
+
+
+def refuse_unfit(name: str, c: Uncertainty.Config, rewards: RewardSet) -> None:
+    """Raise ConfigError, for the regulariser `name`, unless all `rewards` that it is for can be judged as its settings want."""
+    for key, reward in rewards.rewards.items():
+        if c.estimator in estimators.AGAIN and reward.learns:
+            raise ConfigError(
+                f"regularizers.{name}: the reward {key!r} learns between two evaluations of a picture; leave it out of "
+                "rewards, or use estimator: cross_reward"
+            )
+        if c.estimator == "ensemble" and not c.members and reward.judges == 1:
+            raise ConfigError(
+                f"regularizers.{name}: estimator ensemble: the reward {key!r} is one judge alone; give it several, such as "
+                "instruction: beam.json of tune_instruction.py for an artifact_judge, or name members"
+            )

@@ -48,7 +48,7 @@ class ArtifactAdaptive(Artifact):
 
     Mined are pictures that the other rewards rank high and it ranks low, and those that it is least sure of. A `labeller` looks
     at `labels` of them. Three quarters are learned from, together with all earlier ones and `examples`; the refreshed classifier
-    is accepted if it explains the last quarter no worse, otherwise everything stays as it was. Hacked between refreshes, and
+    is accepted if it explains the last quarter better, otherwise everything stays as it was. Hacked between refreshes, and
     in whatever the labeller does not see.
     """
 
@@ -181,7 +181,7 @@ class ArtifactAdaptive(Artifact):
 
     # ---------------------------------------------------------------------------------------------------- refreshing
     def _refresh(self) -> dict[str, float]:
-        """Label, learn, and keep what was learned if it is no worse on the pictures held out."""
+        """Label, learn, and keep what was learned if it is better on the pictures held out."""
         count = self._label()
         data = [torch.cat(parts) if len(parts[0]) and len(parts[1]) else max(parts, key=len)
                 for parts in zip(self.old, (self.pictures, self.labels, self.kept), strict=True)]  # fmt: skip
@@ -279,5 +279,8 @@ def explained(model: Any, pictures: Tensor, labels: Tensor) -> float:
 
 
 def accept(before: float, after: float) -> bool:
-    """Whether a refreshed classifier replaces the old one: it explains the held-out quarter no worse."""
-    return after >= before
+    """Whether a refreshed classifier replaces the old one: it explains the held-out quarter better.
+
+    Equal is not enough: all scores would change and nothing be gained.
+    """
+    return after > before

@@ -40,11 +40,16 @@ class ArtifactJudge(JudgeReward):
         self.instructions = read_instructions(config.instruction or SEED_INSTRUCTION)
         self.judge = make_judge(config, device)
 
+    @property
+    def judges(self) -> int:
+        """One judge, but as many opinions as instructions."""
+        return len(self.instructions)
+
     def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
         """Probability that each picture is clean, (B,) float32: mean over the instructions."""
-        return self.each(images).mean(0).float().to(images.device)
+        return self.each(images, groups).mean(0).float().to(images.device)
 
-    def each(self, images: Tensor) -> Tensor:
+    def each(self, images: Tensor, groups: PromptGroups) -> Tensor:
         """The same for every instruction by itself, (K, B) float64 on the CPU. Raises RunError when the judge is gone."""
         pictures, found = to_pictures(images, self.config.jpeg), []
         for instruction in self.instructions:

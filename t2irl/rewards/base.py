@@ -72,6 +72,11 @@ class Reward:
         """
         return None if self.learns else 0
 
+    @property
+    def judges(self) -> int:
+        """How many judges a score is the mean of. A reward that has several overrides this and `each`."""
+        return 1
+
     @classmethod
     def check(cls, config: Any, prompts: Sequence[str]) -> None:
         """Look, cheaply, at the files that belong to `prompts`, before anything is loaded; on all processes alike.
@@ -103,6 +108,10 @@ class Reward:
         it takes part in nothing that crosses processes, and leaves the policy's networks alone.
         """
         raise NotImplementedError
+
+    def each(self, images: Tensor, groups: PromptGroups) -> Tensor:
+        """What each of the `judges` says, (judges, B); their mean is `score`, of which all that stands there holds here too."""
+        return self.score(images, groups)[None]
 
     def measure(self, images: Tensor, groups: PromptGroups) -> float:
         """One number for a whole held-out set, of which each process holds a part, maybe none; equal on all of them.

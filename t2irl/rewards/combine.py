@@ -30,7 +30,8 @@ class RewardSet:
         self.rewards: dict[str, Reward] = {n: registry.build("rewards", c, device) for n, c in configs.items()}
         self.weights = {name: reward.config.weight for name, reward in self.rewards.items()}
         self.device, self.batch_size, self.work = device, batch_size, work
-        self._latest: dict[str, Tensor] = {}
+        self.each: dict[str, Tensor] = {}
+        """What every judge of a reward said of the pictures scored last: name -> (judges, B) float64."""
         for name, reward in self.rewards.items():
             reward.seed, reward.name = seed, name
 
@@ -72,45 +73,50 @@ class RewardSet:
         `whole`: all images of their groups are here, as in a rollout; otherwise rewards that need that give NaN. Raises
         RunError, with the prompt, for an infinite score, and for NaN from a reward that may not skip images.
         """
-        batches = [self.score_batch(images[rows], groups[rows]) for rows in self.batches(len(groups))]
+        batches = [self.each_batch(images[rows], groups[rows]) for rows in self.batches(len(groups))]
         return self.joined(batches, images, groups, whole)
 
     def batches(self, images: int) -> list[slice]:
         """The batches in which so many images are scored, in order."""
         return even_chunks(images, self.batch_size)
 
-    def score_batch(self, images: Tensor, groups: PromptGroups) -> dict[str, Tensor]:
-        """As `score`, of one batch, by all rewards in turn, but for those that need whole groups."""
+    def each_batch(self, images: Tensor, groups: PromptGroups) -> dict[str, Tensor]:
+        """Of one batch, by all rewards in turn but for those that need whole groups: name -> (judges, n) float64, of which scores are
+        the means. Raises as `score`.
+        """
         rewards = {name: reward for name, reward in self._per_image().items() if not reward.whole_groups}
-        return self._scores(rewards, images, groups)
+        return self._each(rewards, images, groups)
 
     def joined(
         self, batches: Sequence[Mapping[str, Tensor]], images: Tensor, groups: PromptGroups, whole: bool = True
     ) -> dict[str, Tensor]:
-        """The scores of a whole rollout from those of its batches, and from rewards that need whole groups, a group a call;
-        `update` will know them. `images`, `groups`, `whole`: see `score`.
+        """The scores of a whole rollout, as `score`, from its batches' `each_batch`, and from rewards that need whole groups, a group
+        a call. `update` will know them. `images`, `groups`, `whole`: see `score`.
         """
-        self._latest = {}
+        self.each, none = {}, torch.empty(1, 0, dtype=torch.float64)
         for name, reward in self._per_image().items():
             if not reward.whole_groups:
-                self._latest[name] = torch.cat([torch.empty(0), *(batch[name] for batch in batches)])
+                self.each[name] = torch.cat([batch[name] for batch in batches], 1) if batches else none
                 continue
-            self._latest[name] = torch.full((len(groups),), torch.nan)
+            self.each[name] = torch.full((reward.judges, len(groups)), torch.nan, dtype=torch.float64)
             for line in dict.fromkeys(groups.ids) if whole else ():
                 rows = [k for k, other in enumerate(groups.ids) if other == line]
-                self._latest[name][rows] = self._scores({name: reward}, images[rows], groups[rows])[name]
-        return dict(self._latest)
+                self.each[name][:, rows] = self._each({name: reward}, images[rows], groups[rows])[name]
+        return self._scores()
 
-    def _scores(self, rewards: Mapping[str, Reward], images: Tensor, groups: PromptGroups) -> dict[str, Tensor]:
-        """Scores of uint8 pictures by some of the rewards, checked."""
-        pictures, scores = images.to(self.device).float().div(255), {}
+    def _each(self, rewards: Mapping[str, Reward], images: Tensor, groups: PromptGroups) -> dict[str, Tensor]:
+        """What the judges of some of the rewards say of uint8 pictures, checked."""
+        pictures, each = images.to(self.device).float().div(255), {}
         for name, reward in rewards.items():
             self.work["reward_calls"] += 1
             self.work["scored_images"] += len(groups)
             with torch.no_grad():
-                scores[name] = reward.score(pictures, groups).float().cpu()
-            self._check(name, reward, scores[name], groups)
-        return scores
+                each[name] = reward.each(pictures, groups).cpu().double()
+            self._check(name, reward, each[name].mean(0), groups)
+        return each
+
+    def _scores(self) -> dict[str, Tensor]:
+        return {name: values.mean(0).float() for name, values in self.each.items()}
 
     def only(self, names: Collection[str]) -> RewardSet:
         """Some of these rewards: the same objects in a set of their own."""
@@ -148,7 +154,7 @@ class RewardSet:
         for name, reward in self.rewards.items():
             metrics |= {f"reward/{name}/{key}": value for key, value in reward.report().items()}
             if reward.learns:
-                reward.rollout_scores = {n: (self.weights[n], values) for n, values in self._latest.items()}
+                reward.rollout_scores = {n: (self.weights[n], values) for n, values in self._scores().items()}
                 found = reward.update(images.to(self.device).float().div(255), groups)
                 metrics |= {f"reward/{name}/{key}": value for key, value in found.items()}
                 policy_turn = policy_turn and reward.policy_turn

@@ -31,7 +31,7 @@ from t2irl.train import Parts, own_groups, shaped, update_policy
 from t2irl.types import MicroBatch, Prediction, PromptGroups, Rollout, TrainingImages, Trajectory
 from t2irl.utils import distributed
 from tests.adversaries import write_dino, write_references
-from tests.invariants.test_gardo import GATE, RECORDED, SLOW, gardo_run, iterate
+from tests.invariants.test_gardo import GATE, RECORDED, REWARDS, SLOW, gardo_run, iterate
 from tests.invariants.toy import PROMPTS, toy_parts, toy_rollout, toy_run
 
 CPU = torch.device("cpu")
@@ -257,12 +257,19 @@ def guards() -> dict[str, Any]:
     """Three iterations with every guard; the third of five groups lies on both of two processes."""
     run = gardo_run(
         {
-            "unsure": {"type": "uncertainty", "trust": {"kind": "v_mse"}, "control": "shuffled"},
-            "gate": {**GATE, "normaliser": "gated", "adapt": {"window": 1, "warmup": 1}},
+            "unsure": {
+                "type": "uncertainty",
+                "rewards": ["brightness"],
+                "trust": {"kind": "v_mse"},
+                "control": "shuffled",
+            },
+            "several": {"type": "uncertainty", "rewards": ["panel"], "estimator": "ensemble"},
+            "gate": {**GATE, "proxy": "brightness", "normaliser": "gated", "adapt": {"window": 1, "warmup": 1}},
             "slow": {**SLOW, "threshold": 1e-3},
             "wide": {"type": "diversity", "path": None},
         },
         rollout={"prompts": 5, **RECORDED},
+        rewards={**REWARDS, "panel": {"type": "tests.invariants.test_uncertainty_shared:Panel", "weight": 0.5}},
     )
     parts = toy_parts(run)
     found: dict[str, Any] = {"advantages": [], "chosen": [], "metrics": [], "weights": []}

@@ -240,12 +240,6 @@ def test_what_does_not_fit_is_refused(settings: Mapping[str, Any], message: str)
         unsure(settings, policy={"ema": None})
 
 
-def test_two_of_them_are_refused() -> None:
-    """Each would undo the other."""
-    with pytest.raises(ValidationError, match="a is not the only one of type uncertainty"):
-        gardo_run({"a": {"type": "uncertainty"}, "b": {"type": "uncertainty"}})
-
-
 def test_a_reward_that_learns_cannot_be_evaluated_twice() -> None:
     """Its own step would count as uncertainty; among the others it does no harm."""
     rewards = {**REWARDS, "mood": {"type": "tests.invariants.test_uncertainty:Learner"}}

@@ -153,8 +153,9 @@ def test_a_refresh_that_does_not_is_rejected(make_set: Callable[..., RewardSet],
     assert reward.version == 0  # what was measured by it still holds
 
 
-def test_equal_is_accepted_and_worse_is_not() -> None:
-    assert accept(-0.5, -0.5) and accept(-0.5, -0.4) and not accept(-0.5, -0.5000001) and not accept(-0.5, float("nan"))
+def test_better_is_accepted_and_equal_is_not() -> None:
+    assert accept(-0.5, -0.4999999) and not accept(-0.5, -0.5)
+    assert not accept(-0.5, -0.6) and not accept(-0.5, float("nan"))
 
 
 def test_one_label_alone_teaches_nothing(make_set: Callable[..., RewardSet], rollout: Rollout) -> None:

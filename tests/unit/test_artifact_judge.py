@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from reward_models import judges
 from reward_models.judges import LocalJudge, cleanliness, spellings, to_pictures
 from t2irl.errors import ConfigError, DataError, RunError
 from t2irl.rewards.artifact_judge import ArtifactJudge
+from t2irl.rewards.combine import RewardSet
 from t2irl.types import PromptGroups
 from tests.judges import Stub, qwen_tokenizer, serving
 
@@ -157,9 +159,23 @@ def test_a_missing_spelling_counts_as_impossible(stub: Stub) -> None:
 def test_several_instructions_are_averaged(stub: Stub, tmp_path: Path) -> None:
     (tmp_path / "beam.json").write_text(json.dumps({"beam": [{"text": "One?"}, {"text": "Two?"}]}))
     reward = build(server=stub.url, instruction=tmp_path / "beam.json", parallel=1)
-    assert reward.each(shades(0.2, 1.0)[0]).shape == (2, 2)
+    assert reward.judges == 2 and reward.each(*shades(0.2, 1.0)).shape == (2, 2)
     torch.testing.assert_close(reward.score(*shades(0.2)), torch.tensor([0.2]))
     assert [r["messages"][0]["content"][0]["text"] for r in stub.requests[-2:]] == ["One?", "Two?"]
+
+
+def test_every_instruction_is_a_judge_of_the_ensemble_and_asked_once(stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "beam.json").write_text(json.dumps({"beam": [{"text": "One?"}, {"text": "Two?"}]}))
+    settings = {"server": stub.url, "instruction": tmp_path / "beam.json", "parallel": 1}
+    config = ArtifactJudge.Config.model_validate(settings)
+    rewards = RewardSet({"clean": config}, CPU, 2, Counter())
+    answers = iter([{"NO": share, "YES": 1 - share} for share in (0.1, 0.2, 0.5, 0.6, 0.3, 0.9)])
+    stub.answer = lambda picture: next(answers)
+    scores = rewards.score(shades(0.2, 0.5, 1.0)[0].mul(255).byte(), shades(0, 0, 0)[1])["clean"]
+    expected = torch.tensor([[0.1, 0.2, 0.3], [0.5, 0.6, 0.9]], dtype=torch.float64)  # batches of two and one
+    torch.testing.assert_close(rewards.each["clean"], expected)
+    torch.testing.assert_close(scores, expected.mean(0).float())
+    assert len(stub.requests) == 6
 
 
 def test_a_busy_server_is_asked_again(stub: Stub) -> None:

@@ -12,6 +12,7 @@ import torch
 from t2irl.algebra.config import Combine
 from t2irl.errors import ConfigError, DataError
 from t2irl.evaluation.features import looker
+from t2irl.evaluation.glossary import lookup
 from t2irl.evaluation.monitors import agreement, moments, path_kl, relative
 from t2irl.evaluation.rules import RULES, Monitors, best_iteration, fired, primary_of, slope
 from t2irl.loading import load_run
@@ -76,6 +77,17 @@ def test_the_primary_reward_must_not_fall_while_the_total_rises() -> None:
     combine = Combine.model_validate({"gate": {"type": "hard", "reward": "first", "at": 0}})
     assert primary_of(combine) == primary_of(combine.model_dump(mode="json")) == "first"
     assert primary_of(None) is None and primary_of(Combine()) is None
+
+
+def test_weights_that_leave_few_pictures_are_seen_when_it_lasts() -> None:
+    level = [0.5] * 5
+    assert names(level, unsure__proxy__effective_share=[0.1, 0.4, 0.6, 0.49, 0.48]) == {"few_count": 40}
+    assert names(level, unsure__proxy__effective_share=[0.1, 0.4, 0.6, 0.4, 0.51]) == {}
+    assert names(level[:2], unsure__proxy__effective_share=[0.1, 0.1]) == {}  # once is not in a row
+    found = fired(rows(level, unsure__proxy__effective_share=[0.9, 0.4, 0.3, 0.9, 0.9]), "gold", 2, 200)[0]
+    assert found.text == "unsure/proxy/effective_share is at 0.30: few pictures of a group decide"
+    entry = lookup(found.metric)
+    assert entry is not None and entry.pattern.endswith("/effective_share")
 
 
 def test_the_best_is_the_first_highest_after_training_began() -> None:
@@ -143,3 +155,8 @@ def test_settings_that_cannot_work_are_refused() -> None:
     assert "set monitors.prompts above 0" in str(Monitors(stop=("off_peak",), prompts=0).problem(known))
     with pytest.raises(ConfigError, match=r"monitors\.heldout = glod is not among"):
         load_run([ROOT / "configs/tiny/demo.yaml"], ["--monitors.heldout", "glod"])
+    assert Monitors(stop=("few_count",), prompts=0).problem(known) is None
+    watching = ["--monitors.stop", "[few_count]"]
+    with pytest.raises(ConfigError, match=r"monitors\.stop = few_count looks at weights, which only a regulariser"):
+        load_run([ROOT / "configs/tiny/demo.yaml"], watching)
+    load_run([ROOT / "configs/tiny/uncertainty.yaml"], watching)

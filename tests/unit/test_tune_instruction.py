@@ -159,14 +159,36 @@ def test_the_command_line_against_a_server(
             f"--images={tmp_path / 'labelled.jsonl'}",
             f"--server={stub.url}",
             f"--out={tmp_path / 'beam.json'}",
+            "--api-key-env=TUNING_KEY",
         ]
+        monkeypatch.setenv("TUNING_KEY", "s3cret")
         assert tune_instruction.main([*arguments, f"--start={tmp_path / 'start.md'}", "--rounds=2", "--seed=1"]) == 0
     found = json.loads((tmp_path / "beam.json").read_text())
     assert found["beam"][0]["text"] == "Is it dark?" == (tmp_path / "beam.md").read_text().strip()
     assert found["start"]["report"]["balanced_accuracy"] == 0.5 and found["beam"][0]["report"]["balanced_accuracy"] == 1
     assert sum(found["pictures"].values()) == 60 and "0.500 -> 1.000" in capsys.readouterr().out
+    assert {headers.get("Authorization") for headers in stub.headers} == {"Bearer s3cret"}
     assert tune_instruction.main([f"--images={tmp_path / 'none.jsonl'}", *arguments[1:]]) == 1
     assert "none.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--server=http://127.0.0.1:9/v1", "--api-key-env=NO_SUCH_KEY"],
+            "--api-key-env NO_SUCH_KEY: no such environment",
+        ),
+        (["--model=x", "--api-key-env=KEY"], "--api-key-env KEY belongs to --server, which is missing"),
+        (["--model=x", "--server-model=judge"], "--server-model judge belongs to --server, which is missing"),
+    ],
+)
+def test_a_key_that_cannot_be_used_is_refused(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    assert tune_instruction.main(["--images=a.jsonl", "--out=b.json", *options]) == 1
+    assert message in capsys.readouterr().err
 
 
 def _one_by_one(
