@@ -35,7 +35,7 @@ def check(run: Run, found: Samples, gold: str) -> list[dict[str, Any]]:
     return rows
 
 
-def section(rows: Sequence[dict[str, Any]], gold: str) -> list[str]:
+def section(rows: Sequence[dict[str, Any]], gold: str | None) -> list[str]:
     """The same as lines of Markdown; none without such a regulariser."""
     if not rows:
         return []

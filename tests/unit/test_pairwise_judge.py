@@ -144,7 +144,7 @@ def test_pictures_outside_rollouts_have_no_win_rate(stub: Stub) -> None:
     with pytest.raises(
         ConfigError, match=r"combine: rewards\.pair: type pairwise_judge .* no scores of the base model's"
     ):
-        base_scores(SimpleNamespace(rewards=rewards), ["pair"], [], [])  # type: ignore[arg-type]
+        base_scores(SimpleNamespace(rewards=rewards), ["pair"], [])  # type: ignore[arg-type]
     assert not rewards.elsewhere  # nothing is gained by asking while pictures are drawn
 
 

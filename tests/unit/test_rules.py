@@ -65,7 +65,7 @@ def test_the_gap_rule_asks_for_a_rising_gap_and_a_falling_reward() -> None:
 
 def test_the_primary_reward_must_not_fall_while_the_total_rises() -> None:
     def rules(first: list[float], total: list[float], primary: str | None = "first") -> dict[str, int]:
-        others = {"heldout__first": first, "monitor__first__std": [0.4] * 4, "monitor__total__mean": total}
+        others: dict[str, Any] = {"heldout__first": first, "monitor__first__std": [0.4] * 4, "monitor__total__mean": total}
         return {f.rule: f.iteration for f in fired(rows([0.5] * 4, **others), "gold", 2, 200, primary)}
 
     assert rules([0.8, 0.75, 0.7, 0.5], [1, 2, 3, 4]) == {"primary_falls": 20}
