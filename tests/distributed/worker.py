@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import datetime
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,13 +21,12 @@ from t2irl.advantages import group_advantages
 from t2irl.algorithms.grpo import Grpo
 from t2irl.batches import micro_batches, updates
 from t2irl.config import Run
-from t2irl.errors import DataError
 from t2irl.geometry import Geometry
 from t2irl.monitor import UpdateLog
 from t2irl.train import Parts, own_groups, shaped, update_policy
 from t2irl.types import MicroBatch, Prediction, PromptGroups, Rollout, TrainingImages, Trajectory
 from t2irl.utils import distributed
-from tests.adversaries import write_dino, write_references
+from tests.distributed.adversaries import adversary, lacking
 from tests.invariants.test_gardo import GATE, RECORDED, REWARDS, SLOW, gardo_run, iterate
 from tests.invariants.toy import PROMPTS, toy_parts, toy_rollout, toy_run
 
@@ -280,61 +276,6 @@ def guards() -> dict[str, Any]:
         found["weights"].append(torch.cat([p.detach().flatten() for p in parts.policy.trained.values()]))
     found["state"] = parts.state_dict()["regularizers"]
     return found
-
-
-def adversary() -> dict[str, Any]:
-    """Three iterations of an adversary that sees other pictures, and other numbers of them, on each process."""
-    rng = np.random.default_rng(0)
-    prompts, side = [f"thing {k}" for k in range(6)], 16
-    files = {text: [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(3)] for text in prompts}
-    rollouts = torch.from_numpy(rng.integers(0, 100, (3, 24, 3, side, side), dtype=np.uint8)).float() / 255
-    whole = PromptGroups.of(prompts, [i // 4 for i in range(24)], [i % 4 for i in range(24)])
-    mine = slice(0, 24)
-    if distributed.world_size() > 1:  # the second group lies on both
-        mine = slice(0, 6) if distributed.rank() == 0 else slice(6, 24)
-    found: dict[str, Any] = {"metrics": []}
-    with tempfile.TemporaryDirectory() as own:
-        folder = Path(distributed.gather_objects(own)[0])
-        if distributed.rank() == 0:  # transformers writes a model on the first process only
-            write_dino(folder / "dino", side)
-            write_references(folder / "references", files)
-        distributed.barrier()
-        kind = registry.find("rewards", "adversarial_dino")
-        config = kind.Config.model_validate(
-            {
-                "path": folder / "dino", "lr": 1e-3, "heldout": 0.3, "batch_size": 5, "reencode": False,
-                "references": {"index": folder / "references" / "index.json"},
-                "replay": {"size": 9, "add": 6, "share": 0.5}, "penalty": {"on": "features", "weight": 0.1},
-            }
-        )  # fmt: skip
-        reward = registry.build("rewards", config, CPU)
-        reward.prepare(prompts, None)
-        for images in rollouts:
-            scores = reward.score(images[mine], whole[mine])
-            found["metrics"].append(reward.update(images[mine], whole[mine]))
-        found["scores"] = scores
-        found["start"] = torch.cat([p.detach().flatten() for p in kind(config, CPU).critic.trained.values()])
-        found["state"] = reward.state_dict()
-        found["weights"] = torch.cat([p.detach().flatten() for p in reward.critic.trained.values()])
-        distributed.barrier()  # the folder goes with the first process
-    return found
-
-
-def lacking() -> dict[str, Any]:
-    """Every process has reference images of its own, as with a disk in each node, and the last one lacks a file: what is said."""
-    kind, prompts, said = registry.find("rewards", "adversarial_dino"), ["thing 0", "thing 1"], []
-    for gone in (False, True):
-        with tempfile.TemporaryDirectory() as own:
-            index = write_references(Path(own), {text: [np.zeros((16, 16, 3), np.uint8)] for text in prompts})
-            if gone and distributed.rank() == distributed.world_size() - 1:
-                (Path(own) / "001_0.png").unlink()
-            config = kind.Config.model_validate({"references": {"index": index}})
-            try:
-                kind.check(config, prompts)
-                said.append("")
-            except DataError as error:
-                said.append(str(error))
-    return {"said": said, "waited": distributed.gather_objects(distributed.rank())}
 
 
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
