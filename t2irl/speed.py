@@ -72,6 +72,18 @@ def use_attention(backend: str, family: ModelFamily) -> None:
             family.denoiser.enable_xformers_memory_efficient_attention()
     except (RuntimeError, ValueError, ImportError) as error:
         raise ConfigError(f"{where}: {error}. Newest version: {install} --upgrade; or {sdpa}") from error
+    norms_keep_dtype(family.denoiser)
+
+
+def norms_keep_dtype(denoiser: torch.nn.Module) -> None:
+    """Norms of queries and keys give the dtype that they get, which is that of the values.
+
+    Some give float32: those of FLUX by autocast since PyTorch 2.12, and all whose own weights are trained. PyTorch's attention is
+    cast by autocast, a package's kernels refuse the mix (huggingface/diffusers #14104).
+    """
+    for name, module in denoiser.named_modules():
+        if name.rpartition(".")[2] in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            module.register_forward_hook(lambda module, inputs, output: output.to(inputs[0].dtype))
 
 
 def attention_problem(backend: str, denoiser: Any) -> str | None:
