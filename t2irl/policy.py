@@ -59,6 +59,7 @@ class Policy:
 
     def _add_adapters(self, tune: Lora, seed: int) -> None:
         from peft import LoraConfig
+        from peft.tuners.lora import Linear
 
         targets = list(self.family.lora_targets if tune.targets is None else tune.targets)
         check_targets(self.family.denoiser, targets)
@@ -66,6 +67,11 @@ class Policy:
         self.family.denoiser.add_adapter(
             LoraConfig(r=tune.rank, lora_alpha=tune.alpha, target_modules=targets, init_lora_weights="gaussian")
         )
+        for layer in self.family.denoiser.modules():
+            if isinstance(
+                layer, Linear
+            ):  # autocast casts what comes in, which peft would first make float32, for each adapter
+                layer.cast_input_dtype_enabled = False
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.trained.items()}
