@@ -152,6 +152,48 @@ def test_blocks_to_compile(tiny_folder: Folder, name: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("name", ["qwen_image", "sana", "z_image", "flux_dev"])
+@torch.no_grad()
+def test_compiled_texts_have_few_lengths(tiny_folder: Folder, name: str) -> None:
+    """Whole units where there is a mask, for the same velocity up to rounding; without a mask, nothing is added."""
+    family = load(tiny_folder, name)
+    x, t, _ = inputs(family)
+    lengths: dict[bool, set[int]] = {False: set(), True: set()}
+
+    def denoise(latents: Tensor, t: Tensor, text: TextEmbeds, denoise: Any = family.denoise) -> Tensor:
+        lengths[family.compiled].add(text.tokens.shape[1])
+        return denoise(latents, t, text)
+
+    family.denoise = denoise
+    for prompt in ("red", "a red circle", "a red circle and a blue square", "two red circles " * 3):
+        text, found = family.text([prompt, "red"]), []
+        for family.compiled in (False, True):
+            found.append(family.velocity(x, t, text, None, 1.0))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    if text.mask is None:
+        assert lengths[True] == lengths[False]
+    else:
+        assert len(lengths[True]) < len(lengths[False]) and all(n % 32 == 0 for n in lengths[True])
+
+
+def test_texts_of_other_lengths_are_not_compiled_anew(tiny_folder: Folder) -> None:
+    """As long as they have as many units of tokens."""
+    family = load(tiny_folder, "qwen_image")
+    x, t, _ = inputs(family)
+    texts = [family.text([prompt, "red"]) for prompt in ("red circle", "a red circle")]
+    assert len({text.tokens.shape[1] for text in texts}) == 2
+    torch._dynamo.utils.counters.clear()
+    try:
+        speed.compile_blocks(family, backend="eager")
+        graphs = []
+        for text in texts:
+            family.velocity(x, t, text, None, 1.0)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    finally:
+        torch._dynamo.reset()
+    assert graphs[0] == graphs[1] > 0
+
+
 def test_what_cannot_be_compiled() -> None:
     """A denoiser without repeated blocks."""
     run = toy_run({})
