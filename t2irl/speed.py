@@ -37,8 +37,9 @@ class Speed(Strict):
     guidance_in_one_call: bool = True
     """With guidance, both branches in one denoiser call of twice the images; false: one after the other, which needs less memory
     in the rollout."""
-    fuse_lora: bool = True
-    """Add adapters into float32 layers where pictures are drawn without densities (evaluation, grids, the base's pictures)."""
+    fuse_lora: bool | Literal["everywhere"] = True
+    """Add adapters into float32 layers where pictures are drawn without densities (evaluation, grids, the base's pictures);
+    everywhere: into layers of any precision, and in rollouts outside the trained window too, at the cost of a copy of these layers."""
     tf32: bool | None = None
     """TF32 products of float32 numbers on NVIDIA GPUs, 10 bits of mantissa: everywhere or nowhere; null: PyTorch's default,
     convolutions alone."""
