@@ -111,8 +111,8 @@ def _read_shapes(folder: Path, where: str) -> Shapes | None:
     return shapes or None
 
 
-def adapter_size(shapes: Shapes, tune: Lora, targets: tuple[str, ...]) -> int:
-    """Trained weights of LoRA: rank x (inputs + outputs) for each layer that `targets` name.
+def adapted(shapes: Shapes, tune: Lora, targets: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """Shapes of the layers that `targets` name.
 
     Raises ConfigError for a target of the config that names no layer.
     """
@@ -124,20 +124,23 @@ def adapter_size(shapes: Shapes, tune: Lora, targets: tuple[str, ...]) -> int:
                 f"policy.tune.targets: no layer of the denoiser is called {target!r}.{registry.did_you_mean(target, known)} "
                 f"Layers: {', '.join(known or sorted(layers))}"
             )
-    sizes = [shape for layer, shape in layers.items() if any(_is_target(layer, t) for t in targets)]
-    return sum(tune.rank * (shape[0] + math.prod(shape[1:])) for shape in sizes)
+    return [shape for layer, shape in layers.items() if any(_is_target(layer, t) for t in targets)]
 
 
 def _is_target(layer: str, target: str) -> bool:
     return layer == target or layer.endswith(f".{target}")
 
 
-def trained_size(run: Run, folder: Folder) -> int | None:
-    """Number of trained weights, None when the folder holds no weights to count."""
+def trained_size(run: Run, folder: Folder, adapters: bool = True) -> int | None:
+    """Number of trained weights, None when the folder holds no weights to count. LoRA's are rank x (inputs + outputs) a layer.
+
+    Without `adapters`: of the layers that get them, themselves.
+    """
     shapes, tune = folder.networks[folder.denoiser].shapes, run.policy.tune
     if shapes is None or not isinstance(tune, Lora):
         return folder.networks[folder.denoiser].size
-    return adapter_size(shapes, tune, tuple(tune.targets or registry.find("models", run.model.type).lora_targets))
+    layers = adapted(shapes, tune, tuple(tune.targets or registry.find("models", run.model.type).lora_targets))
+    return sum(tune.rank * (s[0] + math.prod(s[1:])) if adapters else math.prod(s) for s in layers)
 
 
 def describe(run: Run, world_size: int, spread: bool = False, data: tuple[Prompts, Prompts] | None = None) -> str:

@@ -310,6 +310,13 @@ class Run(Strict):
         return self
 
     @model_validator(mode="after")
+    def _there_is_something_to_fuse(self) -> Run:
+        if self.speed.fuse_lora == "everywhere" and not isinstance(self.policy.tune, Lora):
+            said = "speed.fuse_lora = everywhere: there are no adapters with policy.tune.type = {type}; leave it out"
+            raise PydanticCustomError("fuse_lora", said, {"type": self.policy.tune.type})
+        return self
+
+    @model_validator(mode="after")
     def _monitors_have_something_to_watch(self) -> Run:
         problem = self.monitors.problem(self.heldout_rewards, primary_of(self.combine))
         if problem:

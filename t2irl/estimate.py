@@ -115,6 +115,8 @@ def _phases(run: Run, g: Geometry, folder: Folder, image: Any, precision: int, p
     kept = _kept(run, image, full, precision)
     rows = g.largest_micro_batch * g.window_size * (2 if guided else 1)
     updating, drawing = _whole(run, folder, precision, parts)
+    if run.speed.fuse_lora == "everywhere":
+        drawing += (trained_size(run, folder, adapters=False) or 0) * precision
     drawn = g.largest_rollout_batch * (2 if guided and run.speed.guidance_in_one_call else 1)
     # Compiled, recorded transitions are computed with gradient.
     each = max(kept if run.speed.compile else 0, DRAWING_BYTES[precision] * image.layer)

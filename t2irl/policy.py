@@ -37,6 +37,8 @@ class Policy:
         self.guidance_scale = run.rollout.guidance_scale
         self.negative_prompt = run.rollout.negative_prompt
         self.tune, self.ema, self.fuse = run.policy.tune, run.policy.ema, run.speed.fuse_lora
+        self._joined: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Inside `fused`: each adapted weight, what it is alone and with its adapter."""
         if isinstance(self.tune, Lora):
             self._add_adapters(self.tune, run.seed)
         else:
@@ -59,6 +61,7 @@ class Policy:
 
     def _add_adapters(self, tune: Lora, seed: int) -> None:
         from peft import LoraConfig
+        from peft.tuners.lora import Linear
 
         targets = list(self.family.lora_targets if tune.targets is None else tune.targets)
         check_targets(self.family.denoiser, targets)
@@ -66,6 +69,11 @@ class Policy:
         self.family.denoiser.add_adapter(
             LoraConfig(r=tune.rank, lora_alpha=tune.alpha, target_modules=targets, init_lora_weights="gaussian")
         )
+        for layer in self.family.denoiser.modules():
+            if isinstance(
+                layer, Linear
+            ):  # autocast casts what comes in, which peft would first make float32, for each adapter
+                layer.cast_input_dtype_enabled = False
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.trained.items()}
@@ -160,31 +168,52 @@ class Policy:
         return self.averaged() if anchor == "average" else self._swapped(anchor, self.snapshots[anchor])
 
     @contextmanager
-    def fused(self) -> Iterator[None]:
+    def fused(self, recorded: bool = False) -> Iterator[None]:
         """Inside, adapters are added into the layers that they adapt: the same function up to rounding, without two more
-        products a layer. For sampling without gradient and without densities, which must be those of the update to the bit.
+        products a layer. For sampling without gradient. With `recorded` some calls, which `apart` must be around, are for densities
+        that are those of the update to the bit.
 
         Leaves the layers as they were, to the bit. Does nothing without `speed.fuse_lora`, for full fine-tuning, for the reference policy, whose adapters
-        are off, nor for layers below float32, where small changes would be rounded away, nor for weights spread over processes.
+        are off, nor for weights spread over processes; nor, unless that is `everywhere`, for layers below float32 and with `recorded`.
         """
         from peft.tuners.lora import Linear
 
         layers = [m for m in self.family.denoiser.modules() if isinstance(m, Linear) and self.fuse]
         plain = [cast(Tensor, layer.get_base_layer().weight) for layer in layers]
         off = any(layer.disable_adapters for layer in layers)
-        if not layers or off or self.company is not None or any(weight.dtype != torch.float32 for weight in plain):
+        bold = recorded or any(weight.dtype != torch.float32 for weight in plain)
+        if not layers or off or self.company is not None or (bold and self.fuse != "everywhere"):
             yield
             return
-        kept = [weight.data for weight in plain]
         for layer, weight in zip(layers, plain, strict=True):
-            weight.data = weight.data + layer.get_delta_weight(layer.active_adapters[0])
-        self.family.denoiser.disable_adapters()
+            joined = weight.data + layer.get_delta_weight(layer.active_adapters[0])
+            self._joined.append((weight, weight.data, joined.to(weight.dtype)))
+        self._join(True)
         try:
             yield
         finally:
+            self._join(False)
+            self._joined.clear()
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside `fused`, adapters are apart all the same; elsewhere this does nothing."""
+        if not self._joined:
+            yield
+            return
+        self._join(False)
+        try:
+            yield
+        finally:
+            self._join(True)
+
+    def _join(self, joined: bool) -> None:
+        for weight, alone, both in self._joined:
+            weight.data = both if joined else alone
+        if joined:
+            self.family.denoiser.disable_adapters()
+        else:
             self.family.denoiser.enable_adapters()
-            for weight, data in zip(plain, kept, strict=True):
-                weight.data = data
 
     def weights(self) -> dict[str, Tensor]:
         """The trained weights that the denoiser has now, whole. Spread ones for the main process alone, on the host."""

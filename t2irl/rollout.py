@@ -76,7 +76,8 @@ def rollout(
     noise of as many levels as the window has places.
     """
     recorded, parts = window if policy.dynamics.recorded else range(0), []
-    with nullcontext() if recorded else policy.fused():
+    all_recorded = len(recorded) == len(levels) - 1
+    with nullcontext() if all_recorded else policy.fused(recorded=len(recorded) > 0):
         for chunk in even_chunks(len(groups), batch_size):
             parts.append(_sample(policy, groups[chunk], levels, recorded, noise, guidance))
             finished(chunk, parts[-1][-1])
@@ -146,5 +147,5 @@ def _text(policy: Policy, groups: PromptGroups) -> TextEmbeds:
 
 def _velocity(policy: Policy, x: Tensor, t: Tensor, text: TextEmbeds, guidance: float | None, recorded: bool) -> Tensor:
     # Compiled, a call with gradient is another graph: recorded transitions must come from the update's, to the bit.
-    with torch.set_grad_enabled(policy.family.compiled and recorded):
+    with policy.apart() if recorded else nullcontext(), torch.set_grad_enabled(policy.family.compiled and recorded):
         return policy.velocity(x, t, text, guidance).detach()

@@ -95,6 +95,10 @@ def check(run: Run, sharded: bool) -> None:
             "speed.compile = true: blocks whose weights are spread over processes (ACCELERATE_USE_FSDP) are not compiled, since rollouts would "
             "need gradients that no backward pass takes up; set it to false"
         )
+    if sharded and run.speed.fuse_lora == "everywhere":
+        raise ConfigError(
+            "speed.fuse_lora = everywhere: adapters stay apart where weights are spread over processes (ACCELERATE_USE_FSDP); leave it out"
+        )
     if sharded and run.rollout.engine.type != "local":
         raise ConfigError(
             f"rollout.engine.type = {run.rollout.engine.type}: an engine elsewhere is handed whole weights, and these are spread over "

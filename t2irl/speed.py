@@ -37,8 +37,9 @@ class Speed(Strict):
     guidance_in_one_call: bool = True
     """With guidance, both branches in one denoiser call of twice the images; false: one after the other, which needs less memory
     in the rollout."""
-    fuse_lora: bool = True
-    """Add adapters into float32 layers where pictures are drawn without densities (evaluation, grids, the base's pictures)."""
+    fuse_lora: bool | Literal["everywhere"] = True
+    """Add adapters into float32 layers where pictures are drawn without densities (evaluation, grids, the base's pictures);
+    everywhere: into layers of any precision, and in rollouts outside the trained window too, at the cost of a copy of these layers."""
     tf32: bool | None = None
     """TF32 products of float32 numbers on NVIDIA GPUs, 10 bits of mantissa: everywhere or nowhere; null: PyTorch's default,
     convolutions alone."""
@@ -72,6 +73,18 @@ def use_attention(backend: str, family: ModelFamily) -> None:
             family.denoiser.enable_xformers_memory_efficient_attention()
     except (RuntimeError, ValueError, ImportError) as error:
         raise ConfigError(f"{where}: {error}. Newest version: {install} --upgrade; or {sdpa}") from error
+    norms_keep_dtype(family.denoiser)
+
+
+def norms_keep_dtype(denoiser: torch.nn.Module) -> None:
+    """Norms of queries and keys give the dtype that they get, which is that of the values.
+
+    Some give float32: those of FLUX by autocast since PyTorch 2.12, and all whose own weights are trained. PyTorch's attention is
+    cast by autocast, a package's kernels refuse the mix (huggingface/diffusers #14104).
+    """
+    for name, module in denoiser.named_modules():
+        if name.rpartition(".")[2] in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            module.register_forward_hook(lambda module, inputs, output: output.to(inputs[0].dtype))
 
 
 def attention_problem(backend: str, denoiser: Any) -> str | None:

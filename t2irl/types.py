@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -80,6 +81,10 @@ class TextEmbeds:
         length = int(self.mask.sum(1).max()) if length is None else length
         more = length - self.mask.shape[1]
         return replace(self, tokens=F.pad(self.tokens, (0, 0, 0, more)), mask=F.pad(self.mask, (0, more)))
+
+    def padded(self, unit: int) -> TextEmbeds:
+        """With a multiple of `unit` tokens a row. Without a mask, which says what is padding, nothing is added."""
+        return self.trimmed(math.ceil(self.tokens.shape[1] / unit) * unit)
 
     @staticmethod
     def cat(parts: Sequence[TextEmbeds]) -> TextEmbeds:

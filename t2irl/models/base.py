@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+TEXT_UNIT = 32
+"""Blocks are compiled for each length of text: where there is a mask, for multiples of this alone."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -208,6 +211,8 @@ class ModelFamily:
     def compute(self, latents: Tensor, t: Tensor, text: TextEmbeds) -> Tensor:
         """`denoise` in the model's precision, float32; not counted as work."""
         dtype = DTYPES[self.config.precision]
+        if self.compiled:
+            text = text.padded(TEXT_UNIT)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             return self.denoise(latents, t, text).float()
 

@@ -20,6 +20,26 @@ DEFAULT_SIZE = 128
 """Side of the latents when no resolution is asked for, as in the stock pipeline."""
 
 
+class PackedGradient(torch.autograd.Function):
+    """The identity, whose gradient comes back with no gaps in memory. Changes no number.
+
+    A single block joins its attention with its MLP, so attention gets a slice of that gradient; a double block's gets one of
+    its own, for queries, keys and values of the very same layout. cuDNN's backward plan has the gradient's layout built in, while
+    PyTorch looks plans up by the layouts of the other three alone (told in pytorch/pytorch #191576): the second kind of block would
+    run the first kind's plan, and read past the end.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Itself."""
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        """A copy where there are gaps."""
+        return grad.contiguous()
+
+
 class Flux(PipelineFamily):
     """Double and single stream blocks on 2 x 2 squares of latents, T5 tokens, and the pooled CLIP-L vector."""
 
@@ -46,6 +66,8 @@ class Flux(PipelineFamily):
 
     def __init__(self, config: Any, device: torch.device):
         super().__init__(config, device)
+        for block in self.denoiser.single_transformer_blocks:
+            block.attn.register_forward_hook(lambda module, inputs, output: PackedGradient.apply(output))
         given, takes = config.embedded_guidance, self.denoiser.config.guidance_embeds
         if given is not None and not takes:
             raise ConfigError(

@@ -107,6 +107,7 @@ def test_check_counts_weights_and_memory(config: Path, pipeline: Path) -> None:
     layers = 3 * LAYERS
     assert folder.networks["transformer"].size == layers * WIDTH**2 + WIDTH * 16 + WIDTH
     assert trained_size(run, folder) == layers * 32 * 2 * WIDTH  # rank 32, inputs + outputs
+    assert trained_size(run, folder, adapters=False) == layers * WIDTH**2
     assert trained_size(run_of(config, "--policy.tune.targets", "[pos_embed.proj]"), folder) == 32 * (WIDTH + 16)
     text = describe(run, 1)
     states = 24 * (4 * 4 * 16 * 16 * (3 + 2) + 4 * 3 + 3 * 64 * 64)
@@ -225,6 +226,15 @@ def test_fields(capsys: pytest.CaptureFixture[str]) -> None:
             ["check", "CONFIG", "--spread", "--processes=2", "--speed.compile=true"],
             "speed.compile = true: blocks whose weights are spread",
         ),
+        (
+            ["check", "CONFIG", "--spread", "--processes=2", "--speed.fuse_lora=everywhere"],
+            "speed.fuse_lora = everywhere: adapters stay apart where weights are spread",
+        ),
+        (
+            ["check", "CONFIG", "--policy.tune.type=full", "--speed.fuse_lora=everywhere"],
+            "speed.fuse_lora = everywhere: there are no adapters with policy.tune.type = full; leave it out",
+        ),
+        (["check", "CONFIG", "--speed.fuse_lora=all"], "speed.fuse_lora"),
         (["check", "CONFIG", "--seed"], "override --seed: the value is missing"),
         (["check", "CONFIG", "--seed", "1", "other.yaml"], "unexpected argument 'other.yaml'"),
         (["check", "CONFIG", "--proceses", "2"], "unknown key"),

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import Linear
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from t2irl.errors import ConfigError
 from t2irl.policy import Policy
@@ -25,7 +27,7 @@ LAST_TEXT_QUERY = "transformer_blocks.1.attn.add_q_proj"
 
 def parts_of(folder: Path, tune: Mapping[str, Any], **others: Any) -> Parts:
     """Everything that an update needs."""
-    model = {"type": "sd3", "path": folder, "max_sequence_length": 4}
+    model = {"type": "sd3", "path": folder, "max_sequence_length": 4, **others.pop("model", {})}
     sampling = {"prompts": 2, "group_size": 2, "batch_size": 4, "steps": 3}
     policy = {"tune": tune, **others.pop("policy", {})}
     return toy_parts(toy_run({"model": model, "rollout": sampling, "policy": policy, **others}))
@@ -64,6 +66,41 @@ def test_fresh_adapters_add_nothing_and_come_from_the_seed(sd3_folder: Folder) -
         assert p.shape[0 if ".lora_A." in name else 1] == 4
     disturb(first)
     assert float((velocity(first) - base).abs().max()) > 0.01
+
+
+class Casts(TorchDispatchMode):
+    """Counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs what it sees."""
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_inputs_of_adapters_are_cast_once(sd3_folder: Folder, precision: str) -> None:
+    """What peft would cast to float32 for autocast to cast back: the same velocity and gradients to the bit, with fewer casts."""
+    found, counts = [], []
+    for peft_casts in (False, True):
+        policy = policy_of(sd3_folder(), LORA, model={"precision": precision})
+        disturb(policy)
+        layers = [m for m in policy.family.denoiser.modules() if isinstance(m, Linear)]
+        for layer in layers:
+            assert not layer.cast_input_dtype_enabled
+            layer.cast_input_dtype_enabled = peft_casts
+        x = torch.randn(2, *policy.family.latent_shape, generator=torch.Generator().manual_seed(1))
+        text = policy.text(["a red circle", "a blue square"])
+        with Casts() as casts:
+            v = policy.velocity(x, torch.tensor([1.0, 0.4]), text)
+            v.square().mean().backward()
+        counts.append(casts.count)
+        found.append([v.detach(), *(p.grad for p in policy.trained.values() if p.grad is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(found[0]) > len(layers) and counts[1] >= counts[0] + 3 * len(layers)
 
 
 def test_default_layers_are_all_of_attention(sd3_folder: Folder) -> None:

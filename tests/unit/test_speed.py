@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from t2irl import registry, speed
+from t2irl.config import Run
 from t2irl.errors import ConfigError
 from t2irl.geometry import Geometry
 from t2irl.launch import check_same
@@ -19,6 +20,7 @@ from t2irl.loading import dump_run
 from t2irl.models.base import ModelFamily
 from t2irl.policy import Policy
 from t2irl.speed import Speed
+from t2irl.train import Parts
 from t2irl.types import TextEmbeds
 from tests.families import CASES
 from tests.invariants.toy import a_batch, toy_parts, toy_run
@@ -86,6 +88,53 @@ def test_adapters_stay_apart_on_request() -> None:
         assert torch.equal(layer.weight, before)
 
 
+@torch.no_grad()
+def disturbed(run: Run, fuse: bool | str) -> Parts:
+    """A run's parts with adapters that do something."""
+    parts = toy_parts(run.model_copy(update={"speed": Speed.model_validate({"fuse_lora": fuse})}))
+    generator = torch.Generator().manual_seed(0)
+    for p in parts.policy.trained.values():
+        p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return parts
+
+
+def test_adapters_are_fused_outside_the_window() -> None:
+    """Everywhere: other states by rounding, recorded densities those of the update to the bit; else rollouts are as they were."""
+    run, states = toy_run({"rollout": {"window": {"start": 2, "size": 1}}}), {}
+    for fuse in (False, True, "everywhere"):
+        parts = disturbed(run, fuse)
+        batch = a_batch(run, parts)
+        assert batch.log_prob is not None
+        assert torch.equal(parts.policy.predict(batch).log_prob.detach(), batch.log_prob)
+        states[fuse] = batch.x
+    assert torch.equal(states[True], states[False]) and not torch.equal(states["everywhere"], states[False])
+    torch.testing.assert_close(states["everywhere"], states[False], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux_dev"])
+@torch.no_grad()
+def test_fused_layers_below_float32(tiny_folder: Folder, name: str) -> None:
+    """Everywhere: nearer to layers with adapters apart than these are to float32, back to the bit; else nothing is done."""
+    found, weights = {}, {}
+    for precision, fuse in (("fp32", False), ("bf16", False), ("bf16", True), ("bf16", "everywhere")):
+        model = CASES[name].model | {"path": tiny_folder(name), "precision": precision}
+        policy = disturbed(toy_run({"model": model}), fuse).policy
+        before = {name: p.clone() for name, p in policy.family.denoiser.named_parameters()}
+        x, t, text = inputs(policy.family)
+        with policy.fused():
+            found[precision, fuse] = policy.velocity(x, t, text)
+            with policy.apart():
+                apart = policy.velocity(x, t, text)
+        weights = dict(policy.family.denoiser.named_parameters())
+        assert all(
+            torch.equal(p, before[name]) and p.requires_grad == (name in policy.trained) for name, p in weights.items()
+        )
+    exact, plain, fused = found["fp32", False], found["bf16", False], found["bf16", "everywhere"]
+    assert torch.equal(found["bf16", True], plain) and torch.equal(apart, plain)
+    assert 0 < float((fused - plain).norm()) < float((plain - exact).norm())
+    assert float((fused - exact).norm()) < 1.2 * float((plain - exact).norm())
+
+
 @pytest.mark.parametrize("name", ["sd3", "flux_dev", "sana", "qwen_image"])
 def test_parts_that_rest_give_the_same_pictures(tiny_folder: Folder, name: str) -> None:
     """To the bit; moved for each encoding and each decoding, once a text is known only the decoder is."""
@@ -150,6 +199,48 @@ def test_blocks_to_compile(tiny_folder: Folder, name: str) -> None:
     with torch.no_grad():
         assert torch.equal(family.velocity(x, t, text, None, 1.0), plain)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "sana", "z_image", "flux_dev"])
+@torch.no_grad()
+def test_compiled_texts_have_few_lengths(tiny_folder: Folder, name: str) -> None:
+    """Whole units where there is a mask, for the same velocity up to rounding; without a mask, nothing is added."""
+    family = load(tiny_folder, name)
+    x, t, _ = inputs(family)
+    lengths: dict[bool, set[int]] = {False: set(), True: set()}
+
+    def denoise(latents: Tensor, t: Tensor, text: TextEmbeds, denoise: Any = family.denoise) -> Tensor:
+        lengths[family.compiled].add(text.tokens.shape[1])
+        return denoise(latents, t, text)
+
+    family.denoise = denoise
+    for prompt in ("red", "a red circle", "a red circle and a blue square", "two red circles " * 3):
+        text, found = family.text([prompt, "red"]), []
+        for family.compiled in (False, True):
+            found.append(family.velocity(x, t, text, None, 1.0))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    if text.mask is None:
+        assert lengths[True] == lengths[False]
+    else:
+        assert len(lengths[True]) < len(lengths[False]) and all(n % 32 == 0 for n in lengths[True])
+
+
+def test_texts_of_other_lengths_are_not_compiled_anew(tiny_folder: Folder) -> None:
+    """As long as they have as many units of tokens."""
+    family = load(tiny_folder, "qwen_image")
+    x, t, _ = inputs(family)
+    texts = [family.text([prompt, "red"]) for prompt in ("red circle", "a red circle")]
+    assert len({text.tokens.shape[1] for text in texts}) == 2
+    torch._dynamo.utils.counters.clear()
+    try:
+        speed.compile_blocks(family, backend="eager")
+        graphs = []
+        for text in texts:
+            family.velocity(x, t, text, None, 1.0)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    finally:
+        torch._dynamo.reset()
+    assert graphs[0] == graphs[1] > 0
 
 
 def test_what_cannot_be_compiled() -> None:
