@@ -231,6 +231,16 @@ class Tracking(Strict):
     """Project name for trackers that have one."""
 
 
+class Processes(Strict):
+    """How long processes wait for each other. One that has ended is noticed at once, by its closed connection."""
+
+    timeout: PositiveFloat = 600
+    """Seconds that an exchange of tensors may take once all processes have come to it; then the run ends."""
+    patience: PositiveFloat = 7200
+    """Seconds that a process which is alive may be waited for: loading, slow rewards, checkpoints and the export, which the main
+    process writes alone."""
+
+
 class Run(Strict):
     """One training run: everything but the number of processes."""
 
@@ -277,6 +287,8 @@ class Run(Strict):
     """What is watched for reward hacking, and what happens then."""
     tracking: Tracking = Tracking()
     """Curves."""
+    processes: Processes = Processes()
+    """How long processes wait for each other."""
 
     @field_validator("run_dir", mode="before")
     @classmethod

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
 from t2irl import checkpoint, sharding
-from t2irl.config import Run
+from t2irl.config import Processes, Run
 from t2irl.errors import CheckpointError, ConfigError, Interrupted, RunError, UserError
 from t2irl.footprint import Footprint
 from t2irl.types import Clock
@@ -113,15 +114,14 @@ class Context:
 
     def save(self, parts: Parts) -> Path:
         """Write a checkpoint of the run as it stands; returns where."""
-        path = self.keep(parts, self.folder / "checkpoints", self.run.checkpoints.keep)
-        distributed.barrier()
-        return path
+        return self.keep(parts, self.folder / "checkpoints", self.run.checkpoints.keep)
 
     def keep(self, parts: Parts, folder: Path, number: int) -> Path:
         """Write a checkpoint to a folder where the newest `number` are kept; on all processes, whose parts the main one writes."""
         weights, state = parts.policy.state_dict(), parts.state_dict()
         if self.is_main:
             checkpoint.save(folder, parts.clock, weights, state, number)
+        distributed.barrier()
         return checkpoint.path_of(folder, parts.clock.iteration)
 
     def restore(self, parts: Parts) -> None:
@@ -175,10 +175,9 @@ def launch(run: Run, resume: str) -> Iterator[Context]:
     sharding.asked()  # refuses a way that is not there before anything is done
     if not torch.cuda.is_available():
         keep_heap()
-    cpu = on_cpu()
-    state = PartialState(cpu=cpu)
+    state = start_processes(run.processes)
     folder, start = _agree(run, resume, state.is_main_process)
-    accelerator = Accelerator(cpu=cpu, **accelerator_arguments(run, folder))
+    accelerator = Accelerator(cpu=on_cpu(), **accelerator_arguments(run, folder))
     same = resume == "auto" and folder == run.run_dir
     again = "give the same command again" if same else f"use --resume auto --run_dir {folder}"
     context = Context(run.model_copy(update={"run_dir": folder}), accelerator, start, again)
@@ -198,7 +197,16 @@ def launch(run: Run, resume: str) -> Iterator[Context]:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             context.closing.close()
-            distributed.keep(None)
+            distributed.leave()
+
+
+def start_processes(settings: Processes) -> PartialState:
+    """Find the other processes of this run, as accelerate does, and agree on how long they are waited for."""
+    # PyTorch's own default, said here because it is relied on: without it an exchange over NCCL waits for ever for a lost process.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+    state = PartialState(cpu=on_cpu(), timeout=timedelta(seconds=settings.timeout))
+    distributed.join(settings.patience)
+    return state
 
 
 def on_cpu() -> bool:

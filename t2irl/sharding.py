@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -199,7 +199,7 @@ class Company:
     def __init__(self, policy: Policy):
         self.policy, self.family = policy, policy.family
         # Numbers on the host, so that no GPU waits for them. Every process is in the group.
-        self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self.group = distributed.host_group()
         self.pending: list[Tensor] = []
         self.text = self.family.text([PROMPT])
         noise = torch.randn(1, *self.family.latent_shape, generator=torch.Generator().manual_seed(0))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-import statistics
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from bench import bare_rollout
 from torch import Tensor
 
 from full_size.families import FAMILIES
@@ -18,9 +18,9 @@ from t2irl import registry, speed
 from t2irl.batches import updates
 from t2irl.check import read_folder
 from t2irl.config import Run
-from t2irl.errors import ConfigError, RunError
+from t2irl.errors import RunError
 from t2irl.estimate import Estimate, estimate
-from t2irl.geometry import Geometry
+from t2irl.geometry import Geometry, even_chunks
 from t2irl.monitor import UpdateLog
 from t2irl.optimizer import Optimizer
 from t2irl.policy import Policy
@@ -28,12 +28,11 @@ from t2irl.rewards.combine import RewardSet
 from t2irl.rollout import Noise, rollout
 from t2irl.train import Parts, own_groups, update_policy
 from t2irl.types import Clock
+from t2irl.utils.memory import peak_gib
 
 PROMPTS = tuple(f"a picture of thing {k}" for k in range(256))
 PROBED = 2
 """Images whose velocity and gradient are compared between arms."""
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
-"""How an allocator says so where it has no exception of its own."""
 
 
 def build(run: Run, device: torch.device) -> Parts:
@@ -74,6 +73,18 @@ def iteration(run: Run, parts: Parts, stages: Stages, number: int) -> dict[str, 
         with stages.stage("forward"):
             update_policy(run, parts, images, trajectory.levels, log)
     return log.metrics()
+
+
+def bare_iteration(run: Run, parts: Parts, stages: Stages) -> dict[str, float]:
+    """A rollout's denoiser calls and decoding in a plain loop, as a script with diffusers would do them: nothing of a trainer."""
+    images, size = parts.geometry.images_per_process, run.rollout.batch_size
+    with stages.stage("denoise"):
+        bare_rollout(parts, run.rollout.steps, size, images)
+    for chunk in even_chunks(images, size):
+        parts.family.pictures(
+            torch.randn(chunk.stop - chunk.start, *parts.family.latent_shape, device=parts.family.device)
+        )
+    return {}
 
 
 def probe(run: Run, parts: Parts) -> tuple[Tensor, Tensor]:
@@ -122,20 +133,24 @@ def expected_work(run: Run, g: Geometry) -> dict[str, int]:
     }  # fmt: skip
 
 
-def check_work(run: Run, parts: Parts, work: Counter[str]) -> None:
+def bare_work(run: Run, g: Geometry) -> dict[str, int]:
+    """The same of a rollout without a trainer around it."""
+    return {"denoiser_forward_images": g.images * branches(run) * run.rollout.steps, "decoded_images": g.images}
+
+
+def check_work(expected: Mapping[str, int], work: Counter[str]) -> None:
     """Refuse to report the time of other work than was meant."""
-    for name, count in expected_work(run, parts.geometry).items():
+    for name, count in expected.items():
         if work[name] != count:
             raise RunError(f"an iteration counted {work[name]} {name}, its settings say {count}")
 
 
 class Arm:
-    """A built arm and what has been measured of it. `result` is filled step by step, so that it holds what there was before an
-    error."""
+    """An arm and what has been measured of it, told step by step, so that what there was before an error is known."""
 
-    def __init__(self, run: Run, device: torch.device):
-        self.run, self.device = run, device
-        self.result: dict[str, Any] = {}
+    def __init__(self, run: Run, device: torch.device, tell: Callable[[dict[str, Any]], None], reference: bool):
+        """`tell` takes parts of the result; `reference`: measure bare denoiser calls instead of the trainer."""
+        self.run, self.device, self.tell, self.reference = run, device, tell, reference
         # Nothing can be compiled while tensors are tracked; a GPU counts by itself.
         self.tracked = None if device.type == "cuda" or run.speed.compile else Tracked()
         self.stages = Stages(device, self.tracked)
@@ -150,95 +165,64 @@ class Arm:
                 parts = self._ready(warmup)
             self.stages.take()
             self.stages.tracked = None
+        expected = (bare_work if self.reference else expected_work)(self.run, parts.geometry)
         timings, ratios = [], []
         for number in range(warmup, warmup + iterations):
+            self.tell({"stage": f"iteration {number}"})
             parts.family.work.clear()
-            metrics = iteration(self.run, parts, self.stages, number)
+            metrics = self._iterate(parts, number)
             timings.append(self.stages.take())
-            check_work(self.run, parts, parts.family.work)
-            ratios.append(metrics["policy/log_ratio_first"])
-        with self.stages.stage("evaluation"):
-            evaluation(self.run, parts)
-        self._report(parts, timings, ratios, self.stages.take()["evaluation"])
+            check_work(expected, parts.family.work)
+            ratios.append(metrics.get("policy/log_ratio_first"))
+        g = parts.geometry
+        self.tell({"timings": timings, "work": expected, "flops": self._flops(parts)})
+        self.tell({"images": g.images, "window": g.window_size})
+        if not self.reference:
+            with self.stages.stage("evaluation"):
+                evaluation(self.run, parts)
+            self.tell({"log_ratio_first": max(ratios), "evaluation_s": self.stages.take()["evaluation"]})
+        self._report()
+
+    def _iterate(self, parts: Parts, number: int) -> dict[str, float]:
+        if self.reference:
+            return bare_iteration(self.run, parts, self.stages)
+        return iteration(self.run, parts, self.stages, number)
 
     def _ready(self, warmup: int) -> Parts:
+        self.tell({"stage": "build"})
         with self.stages.stage("build"):
             parts = build(self.run, self.device)
         folder = read_folder(self.run.model.path)
         networks = {n: network for n, network in folder.networks.items() if not n.startswith("text_encoder")}
-        self.result["estimate"] = as_dict(estimate(self.run, parts.geometry, replace(folder, networks=networks), 0))
         time_parts(parts, self.stages)
-        with self.stages.stage("probe"):
-            self.kept = probe(self.run, parts)
+        if not self.reference:
+            found = estimate(self.run, parts.geometry, replace(folder, networks=networks), 0)
+            self.tell({"estimate": as_dict(found), "stage": "probe"})
+            with self.stages.stage("probe"):
+                self.kept = probe(self.run, parts)
         self.stages.take()
         for number in range(warmup):
-            iteration(self.run, parts, self.stages, number)
+            self.tell({"stage": f"warm-up {number}"})
+            self._iterate(parts, number)
             seconds = sum(self.stages.take().values())
-            self.result.setdefault("cold_start_s", seconds)
+            if number == 0:
+                self.tell({"cold_start_s": seconds})
         return parts
 
-    def _report(self, parts: Parts, timings: list[dict[str, float]], ratios: list[float], evaluated: float) -> None:
-        totals = [sum(t.values()) for t in timings]
-        names = dict.fromkeys(name for t in timings for name in t)
-        quarter = statistics.quantiles(totals, n=4) if len(totals) > 1 else [totals[0]] * 3
-        median = statistics.median(totals)
-        peak = {name: size for name, size in self.stages.peak.items() if name not in ("build", "probe")}
-        self.result |= {
-            "status": "ok",
-            "iterations_s": totals,
-            "iteration_s": median,
-            "iqr_s": quarter[2] - quarter[0],
-            "stages_s": {name: statistics.median(t.get(name, 0.0) for t in timings) for name in names},
-            "evaluation_s": evaluated,
-            "images_per_s": parts.geometry.images / median,
-            "trained_rows_per_s": parts.geometry.images * parts.geometry.window_size / median,
-            "work": {name: parts.family.work[name] for name in expected_work(self.run, parts.geometry)},
-            "flops": flops(self.run, parts),
-            "log_ratio_first": max(ratios),
-            "peak_bytes": peak,
-        }
-        if self.device.type == "cuda":
-            self.result["reserved_bytes"] = torch.cuda.memory_reserved()
+    def _flops(self, parts: Parts) -> dict[str, float]:
+        found = flops(self.run, parts)
+        return found | {"update": 0.0, "again": 0.0} if self.reference else found
+
+    def _report(self) -> None:
+        def phases(sizes: dict[str, int]) -> dict[str, int]:
+            return {name: size for name, size in sizes.items() if name not in ("build", "probe")}
+
+        self.tell({"peak_bytes": phases(self.stages.peak), "reserved_bytes": phases(self.stages.reserved)})
+        self.tell({"rss_bytes": int(peak_gib(torch.device("cpu")) * 2**30)})
         if self.run.speed.compile:
-            self.result["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            self.tell({"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]})
 
 
 def as_dict(found: Estimate) -> dict[str, Any]:
     """JSON-able."""
     return {"peak_bytes": found.peak, "held": dict(found.device), "phases": dict(found.phases)}
-
-
-def attempt(run: Run, device: torch.device, warmup: int, iterations: int) -> tuple[dict[str, Any], Any]:
-    """An arm's result and what it is compared by. What cannot be had, or does not fit, is a result as well."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    arm, undo = Arm(run, device), speed.use_tf32(run.speed.tf32)
-    try:
-        arm.measure(warmup, iterations)
-    except ConfigError as error:
-        arm.result |= {"status": "refused", "reason": str(error)}
-    except (RuntimeError, MemoryError) as error:
-        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in OUT_OF_MEMORY)
-        kind = "out of memory" if memory else "failed"
-        arm.result |= {"status": kind, "stage": arm.stages.current, "reason": (str(error) or kind).splitlines()[0]}
-    finally:
-        undo()
-    result, kept = arm.result, arm.kept
-    del arm
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return result, kept
-
-
-def compared(mine: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """How far velocity and gradient are from the base's, which had the same weights and inputs."""
-    (v, g), (v0, g0) = mine, base
-    return {
-        "velocity_max": float((v - v0).abs().max()),
-        "velocity_relative": float((v - v0).norm() / v0.norm()),
-        "gradient_cosine": float(torch.nn.functional.cosine_similarity(g.double(), g0.double(), dim=0)),
-        "gradient_relative": float((g - g0).norm() / g0.norm()),
-    }

@@ -110,9 +110,10 @@ PROFILES = {
 }
 """b, c, d: profiles B', C'' and D'' at full size, for a GPU of 80 GB. tiny-*: the same code in seconds on a CPU."""
 
-BASE, AGAIN = "base", "base again"
+BASE, AGAIN, DIFFUSERS = "base", "base again", "diffusers"
 VARIANTS: dict[str, tuple[str, ...]] = {
     BASE: (),
+    DIFFUSERS: (),
     "compile": ("--speed.compile=true",),
     "flash": ("--speed.attention=flash",),
     "xformers": ("--speed.attention=xformers",),
@@ -128,6 +129,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "fp32 unfused": ("--model.precision=fp32", "--speed.fuse_lora=false"),
     AGAIN: (),
 }
-"""Name -> overrides. The last one is the first once more: how far equal arms differ."""
+"""Name -> overrides. The second one is the base's rollout as plain denoiser calls and decoding in a loop, without a trainer. The
+last one is the first once more: how far equal arms differ."""
 GPU_ONLY = ("compile", "fp16", "tf32", "fp32 tf32")
 """Left out on the CPU unless asked for: compiling takes minutes there, fp16 is emulated, TF32 does not exist."""

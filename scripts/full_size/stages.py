@@ -26,7 +26,9 @@ class Stages:
         self.cuda, self.tracked = device.type == "cuda", tracked
         self.current = REST
         self.peak: dict[str, int] = {}
-        """Stage -> bytes at most, since the start."""
+        """Stage -> bytes of tensors at most, since the start."""
+        self.reserved: dict[str, int] = {}
+        """Stage -> bytes that PyTorch's allocator held of the GPU at most; empty on a CPU."""
         self._marks: list[tuple[str, Any]] = []
         self._enter(REST)
 
@@ -65,17 +67,18 @@ class Stages:
         if self.cuda:
             mark: Any = torch.cuda.Event(enable_timing=True)
             mark.record()
-            self._note(torch.cuda.max_memory_allocated())
+            self._note(self.peak, torch.cuda.max_memory_allocated())
+            self._note(self.reserved, torch.cuda.max_memory_reserved())
             torch.cuda.reset_peak_memory_stats()
         else:
             mark = time.perf_counter()
             if self.tracked is not None:
-                self._note(self.tracked.take_peak())
+                self._note(self.peak, self.tracked.take_peak())
         self._marks.append((name, mark))
         self.current = name
 
-    def _note(self, peak: int) -> None:
-        self.peak[self.current] = max(self.peak.get(self.current, 0), peak)
+    def _note(self, sizes: dict[str, int], size: int) -> None:
+        sizes[self.current] = max(sizes.get(self.current, 0), size)
 
 
 class Tracked(TorchDispatchMode):

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 import yaml
-from accelerate import PartialState
 
 from t2irl import sharding
+from t2irl.config import Processes
 from t2irl.data import load_prompts
 from t2irl.errors import ConfigError
 from t2irl.evaluation.eval_page import write_page
@@ -21,7 +21,7 @@ from t2irl.evaluation.subjects import Subject, resolve
 from t2irl.evaluation.suites.base import Prompt
 from t2irl.evaluation.summary import imported_scores, refuse_impossible, summarise
 from t2irl.evaluation.tables import write_tables
-from t2irl.launch import on_cpu
+from t2irl.launch import start_processes
 from t2irl.utils import distributed
 from t2irl.utils.memory import keep_heap
 from t2irl.utils.tracking import write_atomic
@@ -37,7 +37,7 @@ def evaluate(settings: Evaluated, words: Sequence[str], stage: str, command: str
     refuse_impossible(settings, rows, len(store.keys))
     if not torch.cuda.is_available():
         keep_heap()
-    state = PartialState(cpu=on_cpu())
+    state = start_processes(Processes())
     found: torch.device = state.device  # type: ignore[assignment] - set by then
     # With several processes on the CPU accelerate numbers it, and cpu:1 is a device that nothing can be loaded to.
     device = torch.device("cpu") if found.type == "cpu" else found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,16 @@ from t2irl.types import TrainingImages
 if TYPE_CHECKING:
     from t2irl.sharding import Company
 
+LOST = (
+    "gloo", "communicator was aborted", "collective operation timeout", "remote error", "remote process exited", "network error",
+    "unhandled system error",
+)  # fmt: skip
+"""What gloo and NCCL say when another process is gone or does not answer."""
+OWN = ("invalid usage", "invalid argument", "Duplicate GPU", "unhandled cuda error")
+"""What NCCL says where this process is wrong itself."""
+
 _company: list[Company] = []  # of the run's policy, where its weights are spread over processes
+_host: list[dist.ProcessGroup] = []  # all processes, over gloo, which sees at once that one has ended
 
 
 def world_size() -> int:
@@ -35,6 +45,31 @@ def keep(company: Company | None) -> None:
     _company[:] = [] if company is None else [company]
 
 
+def join(patience: float) -> None:
+    """From now on processes wait for each other in host memory before anything else crosses them, at most `patience` seconds.
+    Called on all of them.
+    """
+    if world_size() > 1:
+        _host[:] = [_gloo(timedelta(seconds=patience))]
+
+
+def host_group() -> dist.ProcessGroup:
+    """All processes, over gloo whatever the GPUs use: that of `join`, else one of its own, made on all of them."""
+    return _host[0] if _host else _gloo(None)
+
+
+def _gloo(timeout: timedelta | None) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup), "every process is in the group"
+    return group
+
+
+def leave() -> None:
+    """The run is over: nobody is waited for any more."""
+    _company.clear()
+    _host.clear()
+
+
 def meet() -> None:
     """Make the denoiser calls of the others with them until all processes are here, where weights are spread over them."""
     for company in _company:
@@ -42,22 +77,36 @@ def meet() -> None:
 
 
 def barrier() -> None:
-    """Wait for all processes."""
+    """Wait for all processes, as patiently as the run's settings say."""
     meet()
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(_host[0] if _host else None)
+
+
+def arrive() -> None:
+    """Wait for all processes before something crosses them.
+
+    So the time that one of them takes alone (loading, a slow reward, a checkpoint) never counts for NCCL, whose watchdog kills
+    what waits; and a process that has ended is seen here, by gloo, and not after NCCL's timeout.
+    """
+    meet()
+    for group in () if _company else _host:  # to meet a company is to arrive
+        dist.barrier(group)
 
 
 def lost_a_process(error: RuntimeError) -> bool:
     """Whether an error says that another process has ended, or answers no more."""
-    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    said = str(error)
+    if world_size() == 1 or any(words in said for words in OWN):
+        return False
+    return isinstance(error, dist.DistError) or any(words in said for words in LOST)
 
 
 def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
     """Rows of all processes, in process order, on the CPU. Every process has equally many; dtypes stay."""
     if world_size() == 1:
         return rows.cpu()
-    meet()
+    arrive()
     mine = rows.to(device).contiguous()
     parts = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(parts, mine)
@@ -68,7 +117,7 @@ def gather_objects(mine: Any) -> list[Any]:
     """Small Python objects of all processes, in process order."""
     if world_size() == 1:
         return [mine]
-    meet()
+    arrive()
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, mine)
     return found
@@ -84,7 +133,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
     """True on all processes if it is true on one."""
     if world_size() == 1:
         return flag
-    meet()
+    arrive()
     value = torch.tensor(int(flag), device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value)
@@ -117,7 +166,7 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     Loss terms are already divided by the global count, so the sum is the gradient of the whole update, whatever each
     process held. Those of spread parameters were summed in the backward passes.
     """
-    meet()
+    arrive()
     parameters = list(parameters)
     for p in parameters:
         if p.grad is None:

@@ -186,3 +186,20 @@ class Fading(Regularizer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore it."""
         self.factor = state["factor"]
+
+
+class Mute(Brightness):
+    """Fails, and not by an error of the user's."""
+
+    def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
+        """Does not return."""
+        raise RuntimeError("nothing to say")
+
+
+class Deadly(Brightness):
+    """Ends its process by a signal, as the kernel does where memory is short."""
+
+    def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
+        """Does not return."""
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("still there")

@@ -37,7 +37,7 @@ def under(*folders: str) -> list[Path]:
     return sorted(p.relative_to(ROOT) for name in folders for p in (ROOT / "configs" / name).glob("*.yaml"))
 
 
-MODELS, METHODS, WORLD = under(*TINY), under("methods"), under("tiny")
+MODELS, METHODS, WORLD, GPUS = under(*TINY), under("methods"), under("tiny"), under("gpus")
 PLAIN = [path for path in MODELS if path.stem.startswith("flow_grpo")]
 """What a method is laid over."""
 IN_FULL = {"adv_dino": "flux1_dev", "adv_pickscore": "qwen_image", "artifact": "sdxl", "gardo": "flux1_dev"}
@@ -45,6 +45,7 @@ IN_FULL = {"adv_dino": "flux1_dev", "adv_pickscore": "qwen_image", "artifact": "
 RUNS: list[Files] = [(path,) for path in MODELS]
 RUNS += [(Path("configs") / IN_FULL[method.stem] / "flow_grpo.yaml", method) for method in METHODS]
 PAIRS: list[Files] = [(path, method) for method in METHODS for path in PLAIN]
+ON_FEWER: list[Files] = [(*files, gpus) for gpus in GPUS for files in (*((path,) for path in MODELS), *PAIRS)]
 
 
 def name(files: Files) -> str:
@@ -138,6 +139,18 @@ def test_every_method_goes_with_every_model(tiny_folder: Folder, data: dict[str,
     assert load_run(files).run_dir not in {load_run([path]).run_dir for path in MODELS}
 
 
+@pytest.mark.parametrize("files", ON_FEWER, ids=name)
+def test_fewer_gpus_draw_fewer_images(tiny_folder: Folder, data: dict[str, object], files: Files) -> None:
+    """Over every model and method; the algorithm stays what it was."""
+    check(files, words(places(tiny_folder(TINY[files[0].parent.name]), data)))
+    whole, fewer = load_run(files[:-1]), load_run(files)
+    assert fewer.rollout.prompts * fewer.rollout.group_size < whole.rollout.prompts * whole.rollout.group_size
+    changed = {"prompts", "group_size"}
+    assert fewer.rollout.model_dump(exclude=changed) == whole.rollout.model_dump(exclude=changed)
+    for part in ("policy", "algorithm", "advantage", "regularizers", "rewards", "update", "optimizer"):
+        assert getattr(fewer, part) == getattr(whole, part)
+
+
 @pytest.mark.parametrize("method", ["adv_dino", "adv_pickscore"])
 def test_the_published_adversarial_run_is_the_method_over_its_model(method: str) -> None:
     """Whatever a method's overlay says is what its complete file says; what is the model's may differ."""
@@ -161,5 +174,5 @@ def test_check_of_the_shapes_worlds_runs(path: Path) -> None:
 
 def test_every_config_belongs_to_a_kind() -> None:
     """A new folder must be given a test."""
-    tested = {*MODELS, *METHODS, *WORLD, *under(*OTHER_LOADERS)}
+    tested = {*MODELS, *METHODS, *WORLD, *GPUS, *under(*OTHER_LOADERS)}
     assert tested == {p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.y*ml")}

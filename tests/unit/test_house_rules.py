@@ -131,7 +131,7 @@ def test_there_are_configs() -> None:
 
 @pytest.mark.parametrize("path", config_files(), ids=name_of)
 def test_every_config_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
-    below = [ROOT / "configs/sdxl/flow_grpo.yaml"] if "methods" in path.parts else []
+    below = [ROOT / "configs/sdxl/flow_grpo.yaml"] if {"methods", "gpus"} & set(path.parts) else []
     run = load_run([*below, path])
     saved = tmp_path / "config.yaml"
     saved.write_text(dump_run(run), encoding="utf-8")

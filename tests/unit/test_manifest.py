@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_examples_are_configs(name: str) -> None:
     card = load_manifest()[name]
     config = registry.find("rewards", card.config["type"]).Config.model_validate(card.config)
     assert config.type == card.config["type"]
-    empty = [key for key, value in vars(card).items() if key != "tokens" and not value]
+    empty = [key for key, value in vars(card).items() if key not in ("tokens", "revision") and not value]
     assert not empty
 
 
@@ -41,3 +42,9 @@ def test_an_incomplete_entry_is_refused(tmp_path: Path) -> None:
     file.write_text("x: {title: X}\n")
     with pytest.raises(ValueError, match="x: better, checked, config"):
         load_manifest(file)
+
+
+def test_a_card_says_whether_its_weights_are_pinned() -> None:
+    card = load_manifest()["ocr"]
+    assert f"| revision | {card.revision} |" in markdown({"ocr": card})
+    assert "| revision | not pinned |" in markdown({"ocr": replace(card, revision=None)})
