@@ -330,19 +330,10 @@ class Run(Strict):
 
     @model_validator(mode="after")
     def _monitors_have_something_to_watch(self) -> Run:
-        problem = self.monitors.problem(self.heldout_rewards, primary_of(self.combine))
+        weighted = any(config.type == "uncertainty" for config in self.regularizers.values())
+        problem = self.monitors.problem(self.heldout_rewards, primary_of(self.combine), weighted)
         if problem:
             raise PydanticCustomError("monitors", "{problem}", {"problem": problem})
-        return self
-
-    @model_validator(mode="after")
-    def _weights_are_there_to_watch(self) -> Run:
-        weighted = any(config.type == "uncertainty" for config in self.regularizers.values())
-        if "few_count" in self.monitors.stop and not weighted:
-            raise PydanticCustomError(
-                "monitors",
-                "monitors.stop = few_count looks at weights, which only a regulariser of type uncertainty has; add one, or drop it",
-            )
         return self
 
     @model_validator(mode="after")

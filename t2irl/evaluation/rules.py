@@ -58,8 +58,13 @@ class Monitors(Strict):
         """Name of the held-out reward that is looked at; None if there is none."""
         return self.heldout or next(iter(heldout_rewards), None)
 
-    def problem(self, heldout_rewards: Mapping[str, Any], primary: str | None = None) -> str | None:
-        """Why these settings cannot work with the run's held-out rewards and the reward of its gate, if they cannot."""
+    def problem(
+        self, heldout_rewards: Mapping[str, Any], primary: str | None = None, weighted: bool = False
+    ) -> str | None:
+        """Why these settings cannot work with the run's held-out rewards and the reward of its gate, if they cannot.
+
+        `weighted`: whether a regulariser weighs images by uncertainty.
+        """
         if self.heldout is not None and self.heldout not in heldout_rewards:
             known = ", ".join(heldout_rewards) or "none"
             return f"monitors.heldout = {self.heldout} is not among heldout_rewards: {known}"
@@ -68,6 +73,8 @@ class Monitors(Strict):
             return f"monitors.{key} needs a held-out reward to look at: add one to heldout_rewards"
         if "primary_falls" in self.stop and primary is None:
             return "monitors.stop = primary_falls needs a primary reward, which combine.gate names: add one, or drop the rule"
+        if "few_count" in self.stop and not weighted:
+            return "monitors.stop = few_count looks at weights, which only a regulariser of type uncertainty has; add one, or drop it"
         if self.features is not None and self.prompts == 0:
             return f"monitors.features = {self.features} needs pictures to look at: set monitors.prompts above 0"
         needy = [rule for rule in self.stop if self.prompts == 0 and rule != "few_count"]

@@ -65,7 +65,11 @@ def test_the_gap_rule_asks_for_a_rising_gap_and_a_falling_reward() -> None:
 
 def test_the_primary_reward_must_not_fall_while_the_total_rises() -> None:
     def rules(first: list[float], total: list[float], primary: str | None = "first") -> dict[str, int]:
-        others: dict[str, Any] = {"heldout__first": first, "monitor__first__std": [0.4] * 4, "monitor__total__mean": total}
+        others: dict[str, Any] = {
+            "heldout__first": first,
+            "monitor__first__std": [0.4] * 4,
+            "monitor__total__mean": total,
+        }
         return {f.rule: f.iteration for f in fired(rows([0.5] * 4, **others), "gold", 2, 200, primary)}
 
     assert rules([0.8, 0.75, 0.7, 0.5], [1, 2, 3, 4]) == {"primary_falls": 20}
@@ -155,7 +159,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
     assert "set monitors.prompts above 0" in str(Monitors(stop=("off_peak",), prompts=0).problem(known))
     with pytest.raises(ConfigError, match=r"monitors\.heldout = glod is not among"):
         load_run([ROOT / "configs/tiny/demo.yaml"], ["--monitors.heldout", "glod"])
-    assert Monitors(stop=("few_count",), prompts=0).problem(known) is None
+    assert Monitors(stop=("few_count",), prompts=0).problem(known, weighted=True) is None
     watching = ["--monitors.stop", "[few_count]"]
     with pytest.raises(ConfigError, match=r"monitors\.stop = few_count looks at weights, which only a regulariser"):
         load_run([ROOT / "configs/tiny/demo.yaml"], watching)
