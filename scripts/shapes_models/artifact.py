@@ -26,7 +26,7 @@ from t2irl.shapes.verify import verify
 
 DETAIL = 16
 """Width of the network."""
-TRAINING = Settings(steps=700, lr=2e-3, bf16=True)
+TRAINING = Settings(steps=2000, lr=2e-3, bf16=True)
 EXAMPLES, ACROSS = 192, 16
 """Labelled pictures that are written beside the classifier, and how many stand in a row."""
 SEEDS = 3
@@ -159,8 +159,8 @@ of 64), calibrated on other captions (temperature {temperature:.2f}) and measure
 
 No held-out caption was shown. Learned from are clean pictures (rendered, through the policy's decoder, drawn more than {good} clean by
 the verifier, which stands for a rater), each corrupted in one of the ways below or of `t2irl/shapes/corruptions_extra.py`, half
-of these through the decoder afterwards; and the base model's own drawings less than {good} clean, each beside what the verifier
-reads in it, drawn anew. The clean one of two has to score higher, and the places where they differ are told.
+of these through the decoder afterwards; and the base model's own drawings less than {good} clean, some of them drawn in too few steps, each
+beside what the verifier reads in it, drawn anew. The clean one of two has to score higher, and the places where they differ are told.
 
 All kinds seen in training, calibration error included:
 

@@ -27,6 +27,8 @@ from t2irl.shapes.verify import parse, verify
 
 PROMPTS = 1536
 """Captions."""
+FURTHER = (10, 10, 10, 6, 4, 3)
+"""Denoising steps of the base model's further drawings of captions that are learned from: its own faults, and those of haste."""
 CLEAN = ("rendered", "redrawn", "drawn")
 """Kinds of clean pictures: fields of `Sources`."""
 GOOD, BAD = 0.87, 0.6
@@ -47,6 +49,10 @@ class Sources:
     """By the base model."""
     cleanliness: Tensor
     """Of `drawn`, by the verifier: (n,)."""
+    further: Tensor
+    """By the base model, `FURTHER` of each caption that is learned from: (m, 3, 64, 64) uint8."""
+    captions: list[str]
+    """Of `further`."""
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -73,14 +79,24 @@ def draw_sources(work: Path, sd3: Path, seed: int) -> tuple[Sources, Autoencoder
         rng, generator = np.random.default_rng(seed + 5), torch.Generator().manual_seed(seed + 1)
         captions = sample_captions(PROMPTS, rng)
         texts = [c.text for c in captions]
-        call = dict(num_inference_steps=10, guidance_scale=1.0, max_sequence_length=0, output_type="pt")
-        parts = [texts[k : k + 64] for k in range(0, PROMPTS, 64)]
-        drawn = to_bytes(torch.cat([pipe(part, generator=generator, **call).images for part in parts]))
+
+        def draw(wanted: list[str], steps: int) -> Tensor:
+            call = dict(num_inference_steps=steps, guidance_scale=1.0, max_sequence_length=0, output_type="pt")
+            parts = [wanted[k : k + 64] for k in range(0, len(wanted), 64)]
+            return to_bytes(torch.cat([pipe(part, generator=generator, **call).images for part in parts]))
+
+        drawn, learned = draw(texts, 10), [text for text in texts if part_of(text, seed) == "train"]
+        further = torch.cat([draw(learned, steps) for steps in FURTHER])
         scenes = np.stack([render(sample_scene(c, rng)) for c in captions])
         rendered = torch.from_numpy(scenes).permute(0, 3, 1, 2).contiguous()
-        found = Sources(texts, rendered, redraw(pipe.vae, rendered), drawn, verify(drawn, texts)["cleanliness"])
+        cleanliness, again = verify(drawn, texts)["cleanliness"], redraw(pipe.vae, rendered)
+        found = Sources(texts, rendered, again, drawn, cleanliness, further, learned * len(FURTHER))
         torch.save(vars(found), file)
     return Sources(**torch.load(file, weights_only=True)), pipe.vae
+
+
+Lot = tuple[Tensor, int, list[str], list[str], list[int]]
+"""Pictures, their label, prompts, kinds and originals."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +124,7 @@ class Pool:
         )  # fmt: skip
 
     @staticmethod
-    def of(parts: Sequence[tuple[Tensor, int, list[str], list[str], list[int]]]) -> Pool:
+    def of(parts: Sequence[Lot]) -> Pool:
         """Several lots of pictures, label, prompts, kinds and originals."""
         labels = torch.cat([torch.full((len(part[0]),), part[1]) for part in parts])
         prompts, kinds = [x for part in parts for x in part[2]], [x for part in parts for x in part[3]]
@@ -138,9 +154,7 @@ def label(sources: Sources, part: Part, vae: AutoencoderKL, scorer: ClipScorer, 
     good = [k for k in rows if sources.cleanliness[k] >= GOOD]
     bad = [k for k in rows if sources.cleanliness[k] < BAD]
 
-    def lot(
-        pictures: Tensor, y: int, chosen: list[int], kind: str
-    ) -> tuple[Tensor, int, list[str], list[str], list[int]]:
+    def lot(pictures: Tensor, y: int, chosen: list[int], kind: str) -> Lot:
         return pictures[chosen], y, [sources.prompts[k] for k in chosen], [kind] * len(chosen), [-1] * len(chosen)
 
     clean = Pool.of([lot(getattr(sources, kind), 0, good if kind == "drawn" else rows, kind) for kind in CLEAN])
@@ -158,12 +172,25 @@ def label(sources: Sources, part: Part, vae: AutoencoderKL, scorer: ClipScorer, 
         lots.append((broken, 1, [clean.prompts[k] for k in order.tolist()], kinds, originals))
     if each is not None:
         return Pool.of([*lots, lot(sources.drawn, 1, bad, "drawn badly")])
-    faulty = [k for k in rows if sources.cleanliness[k] < GOOD]
-    start, clean_again = sum(len(part[0]) for part in lots), sources.drawn.clone()
-    clean_again[faulty] = mend(sources.drawn[faulty], vae)
-    mended = lot(clean_again, 0, faulty, "mended")
-    drawn = (*lot(sources.drawn, 1, faulty, "drawn badly")[:4], [start + k for k in range(len(faulty))])
-    return rated(Pool.of([*lots, mended, drawn]))
+    return rated(Pool.of([*lots, *_own_faults(sources, rows, vae, sum(len(part[0]) for part in lots))]))
+
+
+def _own_faults(sources: Sources, rows: list[int], vae: AutoencoderKL, start: int) -> list[Lot]:
+    """The base model's drawings that are not clean, each beside what it should have been, and its further clean ones.
+
+    `start`: pictures that stand before these.
+    """
+    pictures, prompts = torch.cat([sources.drawn[rows], sources.further]), [sources.prompts[k] for k in rows]
+    prompts += sources.captions
+    cleanliness = torch.cat([sources.cleanliness[rows], verify(sources.further, sources.captions)["cleanliness"]])
+    faulty = (cleanliness < GOOD).nonzero()[:, 0].tolist()
+    fine = [k for k in (cleanliness >= GOOD).nonzero()[:, 0].tolist() if k >= len(rows)]
+    words, count = [prompts[k] for k in faulty], len(faulty)
+    return [
+        (mend(pictures[faulty], vae), 0, words, ["mended"] * count, [-1] * count),
+        (pictures[faulty], 1, words, ["drawn badly"] * count, [start + k for k in range(count)]),
+        (pictures[fine], 0, [prompts[k] for k in fine], ["drawn"] * len(fine), [-1] * len(fine)),
+    ]
 
 
 def mend(pictures: Tensor, vae: AutoencoderKL) -> Tensor:

@@ -285,7 +285,7 @@ def test_the_shipped_classifier_tells_clean_from_broken() -> None:
     found = [
         pair_accuracy(-scores(model, x), y, prompts)[0] for x, y, prompts in (pictures_of(kind, 50) for kind in KINDS)
     ]
-    assert sum(found) / len(found) > 0.85
+    assert sum(found) / len(found) > 0.9
     assert 0 < model.design.base["lower"] <= model.design.base["median"] <= model.design.base["upper"] < 1
 
 
@@ -295,7 +295,7 @@ def test_the_card_gives_kinds_that_were_never_seen() -> None:
     unseen = {kind.strip(): float(value) for kind, value, _ in rows if kind.strip() in (*KINDS, "climbed")}
     assert set(unseen) == {*KINDS, "climbed"}
     mean = float(card.split("never seen: **")[1].split("**")[0])
-    assert mean == pytest.approx(sum(unseen.values()) / len(unseen), abs=0.001) and mean > 0.85
+    assert mean == pytest.approx(sum(unseen.values()) / len(unseen), abs=0.001) and mean > 0.9
     assert (SHIPPED / "artifact.safetensors").stat().st_size < 3 * 2**20
 
 
