@@ -93,7 +93,8 @@ def probe(run: Run, gold: str | None, prompts: int, images: int) -> dict[str, An
         rewards[name]["hacks"] = {hack: _rise(values, scores[name]) for hack, scores in changed.items()}
     return {
         "gold": gold, "prompts": prompts, "images": images, "kl": [best_of_n_kl(k) for k in range(1, images + 1)],
-        "rewards": rewards, "error_correlation": {} if gold is None else _errors(found, gold),
+        "rewards": rewards, "correlation": _correlations(found, None),
+        "error_correlation": {} if gold is None else _correlations(found, gold),
         "uncertainty": [] if gold is None else uncertainty.check(run, found, gold),
     }  # fmt: skip
 
@@ -118,13 +119,11 @@ def _rise(plain: Tensor, changed: Tensor) -> dict[str, Any]:
     return {"share": share, "rise": mean, "left_out": int((changed.isnan() & ~plain.isnan()).sum())}
 
 
-def _errors(found: Samples, gold: str) -> dict[str, dict[str, float | None]]:
-    """Correlation of the errors of every two rewards, on the pictures that both and gold can judge."""
-    names, ids, truth = (
-        [name for name in found.scores if name != gold],
-        torch.tensor(found.groups.ids),
-        found.scores[gold],
-    )
+def _correlations(found: Samples, gold: str | None) -> dict[str, dict[str, float | None]]:
+    """Correlation of every two rewards within prompts, or with `gold` that of their errors, on the pictures that all can judge."""
+    names, ids = [name for name in found.scores if name != gold], torch.tensor(found.groups.ids)
+    # The error against a constant is the score itself.
+    truth = torch.zeros(len(ids)) if gold is None else found.scores[gold]
     table: dict[str, dict[str, float | None]] = {name: {name: 1.0} for name in names}
     for pair in combinations(names, 2):
         three = torch.stack([*(found.scores[name] for name in pair), truth])
@@ -161,6 +160,12 @@ def report(result: Mapping[str, Any]) -> str:
                   "truth, `--gold NAME`"]  # fmt: skip
     else:
         lines += _gold_tables(result)
+    if result["correlation"]:
+        lines += ["", "### Correlation of rewards within prompts", "", *_square(result["correlation"])]
+        lines += [
+            "",
+            "A reward guards against what it dislikes: beside a proxy one below 0 holds it better than one at 0.",
+        ]
     lines += ["", "### Planted hacks: mean rise in standard deviations, share of pictures whose score rises", ""]
     lines += _table(
         ["hack", *rewards], [[hack, *(_risen(r["hacks"][hack]) for r in rewards.values())] for hack in HACKS]
@@ -180,9 +185,13 @@ def _gold_tables(result: Mapping[str, Any]) -> list[str]:
     lines += _table(["reward", f"tau with {gold}", "STARC distance", *(f"k = {k}" for k in ks), "best k"], rows)
     if errors:
         lines += ["", f"### Correlation of errors: standardised reward less standardised {gold}, within prompts", ""]
-        lines += _table(["reward", *errors], [[n, *(_number(v) for v in row.values())] for n, row in errors.items()])
+        lines += _square(errors)
         lines += ["", f"1: wrong alike, no second opinion. 0.5: two that know nothing of {gold} or of each other."]
     return lines
+
+
+def _square(table: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    return _table(["reward", *table], [[n, *(_number(v) for v in row.values())] for n, row in table.items()])
 
 
 def warnings(result: Mapping[str, Any]) -> list[str]:

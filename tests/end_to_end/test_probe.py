@@ -57,6 +57,9 @@ def test_pictures_that_a_reward_cannot_judge_are_left_out(config: Path) -> None:
     errors = found["error_correlation"]
     assert list(errors) == list(errors["size"]) == ["bright", "size"] and errors["size"]["size"] == 1
     assert errors["bright"]["size"] == errors["size"]["bright"] and "### Correlation of errors" in text
+    alike = found["correlation"]
+    assert list(alike) == ["bright", "size", "gold"] and alike["bright"]["gold"] == pytest.approx(-1)
+    assert abs(alike["size"]["bright"]) < 1 and "### Correlation of rewards within prompts" in text
     assert all(
         hack["left_out"] == 0 and hack["rise"] is not None for r in rewards.values() for hack in r["hacks"].values()
     )
