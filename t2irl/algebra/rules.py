@@ -109,8 +109,14 @@ def _names(run: Run, combine: Combine) -> Iterator[str]:
 def _rules(run: Run, combine: Combine) -> Iterator[str]:
     if not run.heldout_rewards:
         yield "combine needs a reward under heldout_rewards: what combinations of rewards do is seen only on one that is not among them"
+    apart = isinstance(combine.aggregate, Constraints) or run.advantage.combine == "advantages"
     for name, config in run.regularizers.items():
-        if registry.find("regularizers", config.type).comes_first:
+        if config.type == "uncertainty" and apart:
+            yield (
+                f"regularizers.{name} (uncertainty) is for the one score that combine makes, but constraints and "
+                "advantage.combine: advantages normalise each reward by itself; use one of the two"
+            )
+        elif config.type != "uncertainty" and registry.find("regularizers", config.type).comes_first:
             yield f"regularizers.{name} ({config.type}) replaces the advantages that combine makes; use one of the two"
     yield from _one_scalar(run, combine)
     yield from _aggregate(run, combine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -9,17 +10,16 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from t2irl import registry
 from t2irl.advantages import normalise, trained
 from t2irl.config import Run, Strict
 from t2irl.errors import ConfigError
 from t2irl.guards import credit, estimators
-from t2irl.guards.auxiliary import auxiliary_problem, trained_problem, unknown_problem
+from t2irl.guards.auxiliary import trained_problem
 from t2irl.guards.evaluations import Perturbation, drawn, drawn_again, perturbed
+from t2irl.guards.uncertainty_rules import combined_problem, doubt_problem, members_problem
 from t2irl.policy import Policy
 from t2irl.regularizers.base import Regularizer
 from t2irl.regularizers.kl import Kl
-from t2irl.rewards.base import Reward
 from t2irl.rewards.combine import RewardSet
 from t2irl.types import MicroBatch, Prediction, Rollout
 from t2irl.utils import distributed
@@ -38,6 +38,8 @@ SETTINGS = {
 MEMORY = 0.99
 """Share of the old scale of a reward's uncertainty that is kept in each iteration."""
 SHUFFLE_STREAM = 0x5F
+TOTAL = "total"
+"""What the one score that `combine` makes is called; no reward has this name."""
 ARTIFACT = ("artifact", "artifact_adaptive", "artifact_judge")
 """Types of rewards that say how clean a picture is."""
 
@@ -63,7 +65,7 @@ class Uncertainty(Regularizer):
 
     r is the mean of K evaluations of an image, w falls with their spread. With `advantage`: eps, floor and clip stay, std and combine
     are replaced. Several of them share the rewards: each judges those that it names, in its own way, and all parts are
-    added. It sees variance, not bias: what a reward is wrong about and sure of stays, and that is what an artifact reward
+    added. With `combine` r is the one score that it makes of all rewards, evaluated K times. It sees variance, not bias: what a reward is wrong about and sure of stays, and that is what an artifact reward
     or a gate is for. Before using it, check that uncertainty foretells error, and compare with the controls: `weighting: none`
     has as many evaluations, `control: shuffled` the same weights on other images.
     """
@@ -125,8 +127,9 @@ class Uncertainty(Regularizer):
 
         def problem(self, run: Run) -> str | None:
             """Rewards that are not what they should be, or that another one is for as well."""
-            found = trained_problem(run, self.judged(run), "rewards") or _members_problem(self, run)
-            found = found or _doubt_problem(self, run) or _shared_problem(self, run)
+            found = combined_problem(self, run) or trained_problem(run, self.judged(run), "rewards")
+            found = found or members_problem(self, run)
+            found = found or doubt_problem(self, run) or _shared_problem(self, run)
             return found or (self.trust and self.trust.problem(run)) or super().problem(run)
 
         def judged(self, run: Run) -> tuple[str, ...]:
@@ -151,6 +154,9 @@ class Uncertainty(Regularizer):
         self.names = [n for n in self.weights if n in chosen]
         self.every, self.rewards = parts.rewards, parts.rewards.only(self.names)
         refuse_unfit(name, self.config, self.rewards)
+        self.pipeline = parts.pipeline
+        if self.run.combine is not None:
+            self.names = [TOTAL]
         self.artifact = next((n for n, c in self.run.rewards.items() if c.type in ARTIFACT), None)
         self.all = [r for r in parts.regularizers.values() if isinstance(r, Uncertainty)]
         if self.trust is not None:
@@ -163,8 +169,8 @@ class Uncertainty(Regularizer):
         config = self.run.advantage
         plain = config.model_copy(update={"std": self.config.std})
         own = {name: part for one in self.all for name, part in one.own(rollout).items()}
-        total = torch.zeros(len(rollout.ids), dtype=torch.float64)
-        for name, values in trained(rollout.scores, self.weights).items():
+        total = own.get(TOTAL, torch.zeros(len(rollout.ids), dtype=torch.float64))
+        for name, values in trained(rollout.scores, self.weights).items() if TOTAL not in own else ():
             part = own[name] if name in own else normalise(values.double(), rollout.ids, plain)
             total += self.weights[name] * part
         total = total.clamp(-config.clip, config.clip)
@@ -177,13 +183,17 @@ class Uncertainty(Regularizer):
         if self.config.estimator == "ensemble" and not self.config.members:
             each = {name: distributed.gather_rows(self.every.each[name].T, device).T for name in self.names}
 
+        def judged(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return dict(scores) if TOTAL not in self.names else {TOTAL: self.pipeline.total(scores, rollout.ids, {})}
+
         def again(number: int) -> dict[str, Tensor]:
             images = self._version(rollout, number)
             with distributed.together(device):
                 found = self.rewards.score(images, rollout.trajectory.groups, whole=True)
-            return {name: distributed.gather_rows(scores, device) for name, scores in found.items()}
+            return judged({name: distributed.gather_rows(scores, device) for name, scores in found.items()})
 
-        table = estimators.evaluations(self.config, self.names, rollout.scores, each, again)
+        scores = {**rollout.scores, **judged(rollout.scores)}
+        table = estimators.evaluations(self.config, self.names, scores, each, again)
         return {name: self._advantages(name, values, rollout) for name, values in table.items()}
 
     def _version(self, rollout: Rollout, number: int) -> Tensor:
@@ -202,7 +212,7 @@ class Uncertainty(Regularizer):
 
     def _advantages(self, name: str, evaluations: Tensor, rollout: Rollout) -> Tensor:
         """Of one reward, over all processes, (N,) float64."""
-        c, count, sign = self.config, evaluations.shape[1], 1 if self.weights[name] > 0 else -1
+        c, count, sign = self.config, evaluations.shape[1], -1 if self.weights.get(name, 1) < 0 else 1
         mean, deviation, size = estimators.sizes(c, evaluations, rollout.scores, sign)
         uncertain = estimators.relative(c, size, self._scale(name, size), rollout.scores)
         groups = credit.Groups.of(rollout.ids, ~mean.isnan() & ~credit.most_uncertain(uncertain, c.drop))
@@ -278,30 +288,6 @@ def _misfit(c: Uncertainty.Config) -> str | None:
     if c.rewards == ():
         return "rewards is empty: name some, or null for all"
     return None
-
-
-def _members_problem(c: Uncertainty.Config, run: Run) -> str | None:
-    """Why the rewards cannot be judged by the members, or by judges of their own."""
-    names = c.judged(run)
-    if c.estimator == "ensemble" and not c.members:
-        alone = [n for n in names if registry.find("rewards", run.rewards[n].type).judges is Reward.judges]
-        return (
-            f"needs members: names of rewards of weight 0 that judge as {alone[0]} does, which is one judge alone"
-            if alone
-            else None
-        )
-    if c.estimator == "ensemble" and len(names) != 1:
-        return f"has estimator ensemble for {len(names)} rewards: name the one that its members judge in rewards"
-    return auxiliary_problem(run, c.members, "members") if c.estimator in SETTINGS["members"] else None
-
-
-def _doubt_problem(c: Uncertainty.Config, run: Run) -> str | None:
-    """Why `doubt` cannot listen to its reward."""
-    if c.doubt is None:
-        return None
-    if c.doubt.reward in c.judged(run):
-        return f"has doubt.reward: {c.doubt.reward!r}, one of the rewards that it judges: name others in rewards"
-    return unknown_problem(run, c.doubt.reward, "doubt.reward")
 
 
 def _shared_problem(c: Uncertainty.Config, run: Run) -> str | None:

@@ -63,7 +63,8 @@ def test_stopped_and_continued_is_uninterrupted(config: Path, run_dir: Path, tmp
         "wide": {"type": "diversity_logdet", "path": None, "allow_on_failures": True, "base_prompts": 2},
     }
     third = "Growing" if name in LEARNS else "Brightness"
-    write(config, CASES[name], regularizers if name == "constraints" else {}, third)
+    unsure = {"unsure": {"type": "uncertainty", "weighting": "exponential"}}
+    write(config, CASES[name], {"constraints": regularizers, "ensemble": unsure}.get(name, {}), third)
     assert train(config, "--iterations=1") == 0
     assert train(config, "--iterations=3") == 0
     assert train(config, "--iterations=3", f"--run_dir={run_dir.with_name('whole')}") == 0
