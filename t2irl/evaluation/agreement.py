@@ -52,6 +52,14 @@ def kendall_tau(first: Tensor, second: Tensor, groups: Tensor) -> float:
     return agree / (untied[0] * untied[1]) ** 0.5 if untied[0] and untied[1] else float("nan")
 
 
+def standardised(values: Tensor, groups: Tensor) -> Tensor:
+    """Differences within prompts in units of their pooled spread, (N,) float64; 0 for a reward that is constant but for rounding."""
+    form = canonical(values, groups)
+    spread = form.square().mean().sqrt()
+    zero = spread <= 1e-12 * values.double().square().mean().sqrt()
+    return torch.zeros_like(form) if zero else form / spread
+
+
 def error_correlation(first: Tensor, second: Tensor, gold: Tensor, groups: Tensor) -> float:
     """Correlation of the errors of two rewards: of what each says of a picture beyond what gold says of it. (N,) each.
 
@@ -60,13 +68,7 @@ def error_correlation(first: Tensor, second: Tensor, gold: Tensor, groups: Tenso
     gold they hold. Two that know nothing of gold or of each other have 0.5, since both lack the same gold. NaN if one has no
     error.
     """
-    units = []
-    for values in (first, second, gold):
-        form = canonical(values, groups)
-        spread = form.square().mean().sqrt()
-        # As in `starc_distance`: constant but for rounding.
-        zero = spread <= 1e-12 * values.double().square().mean().sqrt()
-        units.append(torch.zeros_like(form) if zero else form / spread)
-    a, b = (values - units[2] for values in units[:2])
+    truth = standardised(gold, groups)
+    a, b = (standardised(values, groups) - truth for values in (first, second))
     sizes = float(a.norm() * b.norm())
     return float(a @ b) / sizes if sizes > 1e-12 * len(a) else float("nan")

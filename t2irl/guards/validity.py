@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from t2irl.advantages import centred
+from t2irl.evaluation.agreement import standardised
 from t2irl.guards import credit, estimators
 from t2irl.guards.evaluations import perturbed
 from t2irl.guards.gardo import win_rates
@@ -30,14 +30,11 @@ ENOUGH = 0.15
 def errors(scores: Tensor, gold: Tensor, ids: Tensor) -> Tensor:
     """|z(score) - z(gold)|, (N,) float64; NaN where either is NaN.
 
-    z: minus the mean of the picture's prompt, over the standard deviation of that difference over all pictures. `ids` (N,):
-    equal for pictures of a prompt.
+    z: `evaluation.agreement.standardised`. `ids` (N,): equal for pictures of a prompt.
     """
     known = ~(scores.isnan() | gold.isnan())
-    apart = torch.zeros(int(known.sum()), dtype=torch.float64)
-    for values, sign in ((scores, 1), (gold, -1)):
-        part = centred(values[known], ids[known])
-        apart += sign * part / part.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    said, truth = (standardised(values[known], ids[known]) for values in (scores, gold))
+    apart = said - truth
     return torch.full(scores.shape, torch.nan, dtype=torch.float64).masked_scatter(known, apart.abs())
 
 

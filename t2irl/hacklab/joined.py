@@ -98,7 +98,8 @@ def _refuse_others(file: Path, taken: Mapping[str, _Run], wanted: Mapping[str, C
     """Raise ConfigError unless all runs were made with what the grid says now, and with files as they are now."""
     odd: dict[str, list[str]] = {}
     for name, run in taken.items():
-        now, here, lines = settings(wanted[name].run, wanted[name].trained), input_digests(wanted[name].run), []
+        now, lines = settings(wanted[name].run, wanted[name].trained), list[str]()
+        here = input_digests(wanted[name].run) if run.inputs else {}
         if run.settings != now:
             lines.append(f"{name}: settings {run.settings or 'not recorded'}, the grid says {now}")
         for path, known in run.inputs.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -21,6 +21,7 @@ from t2irl.evaluation.evaluate import sample_fixed
 from t2irl.evaluation.hacks import HACKS, LIMIT, rise
 from t2irl.evaluation.overoptimization import best_of_k, best_of_n_kl
 from t2irl.hacklab import uncertainty
+from t2irl.hacklab.tables import table
 from t2irl.launch import write_json
 from t2irl.policy import Policy
 from t2irl.rewards.combine import RewardSet
@@ -124,14 +125,14 @@ def _correlations(found: Samples, gold: str | None) -> dict[str, dict[str, float
     names, ids = [name for name in found.scores if name != gold], torch.tensor(found.groups.ids)
     # The error against a constant is the score itself.
     truth = torch.zeros(len(ids)) if gold is None else found.scores[gold]
-    table: dict[str, dict[str, float | None]] = {name: {name: 1.0} for name in names}
+    square: dict[str, dict[str, float | None]] = {name: {name: 1.0} for name in names}
     for pair in combinations(names, 2):
         three = torch.stack([*(found.scores[name] for name in pair), truth])
         known = ~three.isnan().any(0)
         first, second, true = three[:, known]
         value = _known(error_correlation(first, second, true, ids[known])) if known.any() else None
-        table[pair[0]][pair[1]] = table[pair[1]][pair[0]] = value
-    return {name: {other: table[name][other] for other in names} for name in names} if len(names) > 1 else {}
+        square[pair[0]][pair[1]] = square[pair[1]][pair[0]] = value
+    return {name: {other: square[name][other] for other in names} for name in names} if len(names) > 1 else {}
 
 
 def _known(value: float) -> float | None:
@@ -167,7 +168,7 @@ def report(result: Mapping[str, Any]) -> str:
             "A reward guards against what it dislikes: beside a proxy one below 0 holds it better than one at 0.",
         ]
     lines += ["", "### Planted hacks: mean rise in standard deviations, share of pictures whose score rises", ""]
-    lines += _table(
+    lines += table(
         ["hack", *rewards], [[hack, *(_risen(r["hacks"][hack]) for r in rewards.values())] for hack in HACKS]
     )
     lines += uncertainty.section(result["uncertainty"], result["gold"])
@@ -182,7 +183,7 @@ def _gold_tables(result: Mapping[str, Any]) -> list[str]:
         curve = [r["best_of_k"] and r["best_of_k"][k - 1] for k in ks]
         rows.append([name, *map(_number, (r["tau"], r["starc"], *curve)), str(r["best_k"] or "-")])
     lines = ["", f"### {gold} of the best of k by each reward", ""]
-    lines += _table(["reward", f"tau with {gold}", "STARC distance", *(f"k = {k}" for k in ks), "best k"], rows)
+    lines += table(["reward", f"tau with {gold}", "STARC distance", *(f"k = {k}" for k in ks), "best k"], rows)
     if errors:
         lines += ["", f"### Correlation of errors: standardised reward less standardised {gold}, within prompts", ""]
         lines += _square(errors)
@@ -190,8 +191,8 @@ def _gold_tables(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _square(table: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    return _table(["reward", *table], [[n, *(_number(v) for v in row.values())] for n, row in table.items()])
+def _square(pairs: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    return table(["reward", *pairs], [[n, *(_number(v) for v in row.values())] for n, row in pairs.items()])
 
 
 def warnings(result: Mapping[str, Any]) -> list[str]:
@@ -219,10 +220,6 @@ def _left_out(result: Mapping[str, Any]) -> list[str]:
         if after:
             found.append(f"{name} can no longer judge pictures after a hack; they are left out: {', '.join(after)}")
     return found
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(words)} |" for words in (head, ["---"] * len(head), *rows)]
 
 
 def _number(value: float | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from t2irl.hacklab.grid import Cell, Grid, settings
 from t2irl.hacklab.runner import finished
 from t2irl.launch import read_metrics, write_json
 from t2irl.loading import load_run
+from t2irl.utils.inputs import recorded_inputs
 
 LEVEL = 0.5
 """Gold is compared at the proxy score that lies this far between the base model and the first method's best."""
@@ -74,7 +74,7 @@ def read_record(cell: Cell, grid: Grid) -> Record | None:
         for k, v in row.items()
         if k.startswith("time/") and k not in ("time/iteration_s", "time/score_hidden_s") and v
     )
-    return Record(cell, finished(cell), curves, seconds, _started_with(cell), _inputs_of(cell))
+    return Record(cell, finished(cell), curves, seconds, _started_with(cell), recorded_inputs(cell.run.run_dir))
 
 
 def _started_with(cell: Cell) -> str | None:
@@ -83,13 +83,6 @@ def _started_with(cell: Cell) -> str | None:
         return settings(load_run([cell.run.run_dir / "config.yaml"]), cell.trained)
     except ConfigError:
         return None
-
-
-def _inputs_of(cell: Cell) -> dict[str, str]:
-    try:
-        return json.loads((cell.run.run_dir / "environment.json").read_text(encoding="utf-8")).get("inputs", {})
-    except (OSError, ValueError):
-        return {}
 
 
 def _proxy(row: Mapping[str, float], trained: Mapping[str, float]) -> float | None:

@@ -9,6 +9,7 @@ import torch
 
 from t2irl.config import Run
 from t2irl.guards.validity import ENOUGH, NEEDS_POLICY, foretells, uncertain
+from t2irl.hacklab.tables import table
 from t2irl.regularizers.uncertainty import Uncertainty, refuse_unfit
 
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ def section(rows: Sequence[dict[str, Any]], gold: str | None) -> list[str]:
     """The same as lines of Markdown; none without such a regulariser."""
     if not rows:
         return []
-    lines = ["", f"### Uncertainty: rank correlation with the error against {gold}, within prompts", ""]
-    lines += ["| regulariser | reward | estimator | correlation | |", "| --- | --- | --- | --- | --- |"]
+    lines = []
     for row in rows:
         value = row["correlation"]
         number, said = f"{value or 0:.3f}", f"above {ENOUGH}"
@@ -48,5 +48,6 @@ def section(rows: Sequence[dict[str, Any]], gold: str | None) -> list[str]:
             number, said = "-", "not measured: it needs the policy"
         elif value <= ENOUGH:
             said = f"**not above {ENOUGH}: do not weigh by it**"
-        lines.append(f"| {row['regularizer']} | {row['reward']} | {row['estimator']} | {number} | {said} |")
-    return lines
+        lines.append([row["regularizer"], row["reward"], row["estimator"], number, said])
+    head = ["", f"### Uncertainty: rank correlation with the error against {gold}, within prompts", ""]
+    return head + table(["regulariser", "reward", "estimator", "correlation", ""], lines)

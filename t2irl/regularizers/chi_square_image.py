@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from reward_models.heads import PatchHead
+from t2irl.advantages import centred
 from t2irl.adversary.losses import auc, pair_loss
 from t2irl.algebra.base import base_images
 from t2irl.regularizers.base import PictureRegularizer
@@ -76,11 +77,7 @@ class ChiSquareImage(PictureRegularizer):
         self._learn(head, ours, theirs, len(rollout.ids))
         penalty, chi2 = penalties(ratio, c.limit)
         self.found = {"chi2": chi2, "auc": auc(ratio, other)}
-        centred = torch.zeros_like(penalty)
-        for group in rollout.ids.unique():
-            mine = rollout.ids == group
-            centred[mine] = penalty[mine] - penalty[mine].mean()
-        return advantages - c.coefficient * centred[rollout.own].to(advantages)
+        return advantages - c.coefficient * centred(penalty, rollout.ids)[rollout.own].to(advantages)
 
     def _meet(self, lines: list[int]) -> None:
         """Have the base model draw prompts that were not met before; all processes then know the features of all."""

@@ -166,15 +166,19 @@ class Uncertainty(Regularizer):
         """This process's part of the new advantages, (B,) float32. The first regulariser of this type does it for all."""
         if self.all[0] is not self:
             return advantages
-        config = self.run.advantage
-        plain = config.model_copy(update={"std": self.config.std})
         own = {name: part for one in self.all for name, part in one.own(rollout).items()}
-        total = own.get(TOTAL, torch.zeros(len(rollout.ids), dtype=torch.float64))
-        for name, values in trained(rollout.scores, self.weights).items() if TOTAL not in own else ():
+        total = own[TOTAL] if TOTAL in own else self._sum(own, rollout)
+        clip = self.run.advantage.clip
+        return total.clamp(-clip, clip)[rollout.own].to(advantages)
+
+    def _sum(self, own: Mapping[str, Tensor], rollout: Rollout) -> Tensor:
+        """Weighted sum of the advantages by each trained reward, (N,) float64; those that nobody is for enter without weights."""
+        plain = self.run.advantage.model_copy(update={"std": self.config.std})
+        total = torch.zeros(len(rollout.ids), dtype=torch.float64)
+        for name, values in trained(rollout.scores, self.weights).items():
             part = own[name] if name in own else normalise(values.double(), rollout.ids, plain)
             total += self.weights[name] * part
-        total = total.clamp(-config.clip, config.clip)
-        return total[rollout.own].to(advantages)
+        return total
 
     def own(self, rollout: Rollout) -> dict[str, Tensor]:
         """Advantages by each of its own rewards, before weights: name -> (N,) float64 over all processes."""

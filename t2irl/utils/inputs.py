@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +33,14 @@ def _paths(value: Any) -> list[Path]:
         return [value]
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
     return [path for each in inner for path in _paths(each)]
+
+
+def recorded_inputs(folder: Path) -> dict[str, str]:
+    """What the run in a folder read, as its environment.json says; empty where it says nothing."""
+    try:
+        return json.loads((folder / "environment.json").read_text(encoding="utf-8")).get("inputs", {})
+    except (OSError, ValueError):
+        return {}
 
 
 def digest(path: Path) -> str:

@@ -26,7 +26,7 @@ from t2irl.config import Run
 from t2irl.errors import ConfigError
 from t2irl.utils.files import write_atomic as write_atomic
 from t2irl.utils.files import writing as _writing
-from t2irl.utils.inputs import input_digests
+from t2irl.utils.inputs import input_digests, recorded_inputs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -193,11 +193,7 @@ def _inputs(folder: Path, run: Run) -> tuple[dict[str, str], list[str]]:
 
     Those keep both digests: what comes of such a run was made with neither alone.
     """
-    try:
-        before = json.loads((folder / "environment.json").read_text(encoding="utf-8")).get("inputs", {})
-    except (OSError, ValueError):
-        before = {}
-    inputs, different = input_digests(run), []
+    before, inputs, different = recorded_inputs(folder), input_digests(run), []
     for path, digest in inputs.items():
         known = before.get(path, digest)
         if known.rpartition(" ")[2] != digest:
