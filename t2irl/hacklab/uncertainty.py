@@ -10,7 +10,7 @@ import torch
 from t2irl.config import Run
 from t2irl.guards.validity import ENOUGH, NEEDS_POLICY, foretells, uncertain
 from t2irl.hacklab.tables import table
-from t2irl.regularizers.uncertainty import Uncertainty, refuse_unfit
+from t2irl.regularizers.uncertainty import TOTAL, Uncertainty, refuse_unfit
 
 if TYPE_CHECKING:
     from t2irl.hacklab.probe import Samples
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def check(run: Run, found: Samples, gold: str) -> list[dict[str, Any]]:
     """Of every reward that such a regulariser is for: the rank correlation of its uncertainty with its error, as of `foretells`; None
-    where the estimator needs the policy. Raises ConfigError as a training run would.
+    where the estimator needs the policy, and beside `combine`, where it is for the one score of all. Raises ConfigError as a training run would.
     """
     rows = []
     ids, rewards = torch.tensor(found.groups.ids), found.sets["rewards"]
@@ -27,6 +27,9 @@ def check(run: Run, found: Samples, gold: str) -> list[dict[str, Any]]:
             continue
         judged = c.judged(run)
         refuse_unfit(name, c, rewards.only(judged))
+        if run.combine is not None:  # it is not for single rewards, and their one score needs the base model's
+            rows.append({"regularizer": name, "reward": TOTAL, "estimator": c.estimator, "correlation": None})
+            continue
         alone = c.estimator in NEEDS_POLICY
         table = {} if alone else uncertain(c, judged, rewards, found.images, found.groups, run.seed)
         for reward in judged:
@@ -45,7 +48,8 @@ def section(rows: Sequence[dict[str, Any]], gold: str | None) -> list[str]:
         value = row["correlation"]
         number, said = f"{value or 0:.3f}", f"above {ENOUGH}"
         if value is None:
-            number, said = "-", "not measured: it needs the policy"
+            why = "it is of the one score that combine makes" if row["reward"] == TOTAL else "it needs the policy"
+            number, said = "-", f"not measured: {why}"
         elif value <= ENOUGH:
             said = f"**not above {ENOUGH}: do not weigh by it**"
         lines.append([row["regularizer"], row["reward"], row["estimator"], number, said])

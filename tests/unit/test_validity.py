@@ -157,6 +157,22 @@ def test_a_probe_says_which_uncertainty_foretells_error() -> None:
     assert uncertainty.section([], "gold") == []
 
 
+def test_a_probe_does_not_speak_of_single_rewards_beside_combine() -> None:
+    """What is weighed there is the one score."""
+    run = gardo_run(
+        {"unsure": {"type": "uncertainty"}},
+        combine={"aggregate": {"type": "sum"}},
+        heldout_rewards={"held": {"type": "tests.invariants.toy:Brightness"}},
+    )
+    sets, images = pictures(run)
+    samples = Samples(GROUPS, images, {"rewards": sets}, sets.score(images, GROUPS))
+    (row,) = uncertainty.check(run, samples, "red")
+    assert row["reward"] == "total" and row["correlation"] is None
+    assert "| unsure | total | augment | - | not measured: it is of the one score that combine makes |" in "\n".join(
+        uncertainty.section([row], "red")
+    )
+
+
 def test_what_training_refuses_a_probe_refuses() -> None:
     rewards = {"brightness": {"type": "tests.invariants.test_uncertainty_shared:One"}}
     run = gardo_run({"unsure": {"type": "uncertainty", "estimator": "ensemble"}}, rewards=rewards)
