@@ -27,6 +27,9 @@ class DinoCritic:
 
     `patches`: how many random patches of a picture are looked at, drawn with replacement; None for all. Weights are of the
     mean logit of the picture and of its patches.
+
+    Features of a second picture after those of the first, (whole, patches, whole, patches), make it a judge of pairs: the head,
+    which is then twice as wide, sees the product and the distance of the two, and of each patch and the most alike one there.
     """
 
     has_zero = True
@@ -42,6 +45,7 @@ class DinoCritic:
         patches: int | None = None,
     ):
         self.backbone, self.head, self.patches = backbone, head, patches
+        self.pairs = head.first.in_features == 2 * backbone.width
         self.score_weights = score_weights
         self.norm: Norm = norm
         self.score_norm: Norm = score_norm
@@ -63,11 +67,13 @@ class DinoCritic:
         return sum(w * x.mean(1) for w, x in zip(self.score_weights, logits.values(), strict=True))  # type: ignore[return-value]
 
     def _logits(self, features: Tensors, seeds: Sequence[int], norm: Norm) -> dict[str, Tensor]:
-        whole, patches = features
+        whole, patches, *beside = features
         if self.patches is not None:
             patches = patches[torch.arange(len(patches))[:, None], self._places(seeds, patches.shape[1])]
         if norm == "l2":
-            whole, patches = F.normalize(whole, dim=-1), F.normalize(patches, dim=-1)
+            whole, patches, *beside = (F.normalize(x, dim=-1) for x in (whole, patches, *beside))
+        if beside:
+            whole, patches = relation(whole, beside[0]), relation(patches, most_alike(patches, beside[1]))
         return {"global": self.head(whole)[:, None], "local": self.head(patches)}
 
     def _places(self, seeds: Sequence[int], count: int) -> Tensor:
@@ -88,7 +94,18 @@ class DinoCritic:
             "backbone": self.fingerprint(), "hidden": self.head.first.out_features,
             "spectral_norm": self.head.spectral_norm, "score_norm": self.score_norm,
             "score_weights": list(self.score_weights), "patches": self.patches,
-        }  # fmt: skip
+        } | ({"pairs": True} if self.pairs else {})  # fmt: skip
+
+
+def relation(one: Tensor, other: Tensor) -> Tensor:
+    """What two vectors (..., D) have to do with each other: product and absolute difference, (..., 2 D)."""
+    return torch.cat([one * other, (one - other).abs()], -1)
+
+
+def most_alike(patches: Tensor, others: Tensor) -> Tensor:
+    """For each of the patches (B, N, D) the one of `others` (B, M, D) with the largest cosine: (B, N, D)."""
+    nearest = (patches.detach() @ F.normalize(others, dim=-1).transpose(1, 2)).argmax(-1, keepdim=True)
+    return others.gather(1, nearest.expand(-1, -1, others.shape[-1]))
 
 
 class ClipCritic:

@@ -16,6 +16,6 @@ def check_files(run: Run, prompts: Sequence[str], heldout: Sequence[str]) -> Non
     for configs, trained in ((run.rewards, True), (run.heldout_rewards, False)):
         for config in configs.values():
             reward = registry.find("rewards", config.type)
-            reward.check(config, reward.prompts_of(prompts, heldout, trained))
+            reward.check(config, reward.prompts_of(config, prompts, heldout, trained))
     for name, config in run.regularizers.items():
         registry.find("regularizers", config.type).check(name, config, prompts)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from t2irl.errors import ConfigError
 from t2irl.rewards.combine import RewardSet
 from t2irl.types import PromptGroups, Trajectory
 
@@ -34,7 +35,13 @@ class Scorer:
 
     def __init__(self, rewards: RewardSet, overlap: bool | None):
         self.rewards = rewards
-        self.overlap = rewards.elsewhere if overlap is None else overlap
+        busy = [name for name, reward in rewards.rewards.items() if reward.uses_policy]
+        if overlap and busy:
+            raise ConfigError(
+                f"rollout.overlap_scoring = true: the reward {busy[0]!r} puts reference images through the policy's image encoder "
+                "when it scores, which is in use then; set it to false, or the reward's reencode"
+            )
+        self.overlap = rewards.elsewhere and not busy if overlap is None else overlap
         self._thread = ThreadPoolExecutor(1, "scoring")
         self._stream: torch.cuda.Stream | None = None
         self._batches: list[Future[_Scored]] = []

@@ -83,13 +83,18 @@ class Batch:
     texts: Sequence[str]
     keys: Sequence[tuple[int, int]]
     """Prompt and member number of the rollout image, from which seeds are made."""
+    companions: Sequence[Path] = ()
+    """With a condition: the reference image that both are judged beside."""
+    strangers: Sequence[Path] = ()
+    """Reference images of other prompts, which should not pass beside the companion; none without that loss."""
 
     def __len__(self) -> int:
         return len(self.real)
 
     def __getitem__(self, part: slice) -> Batch:
         features = tuple(x[part] for x in self.fake_features)
-        return Batch(self.real[part], self.fake[part], features, self.texts[part], self.keys[part])
+        others = self.companions[part], self.strangers[part]
+        return Batch(self.real[part], self.fake[part], features, self.texts[part], self.keys[part], *others)
 
 
 class Learner:
@@ -143,20 +148,28 @@ class Learner:
 
     def _judged(self, batch: Batch, stream: str) -> tuple[Tensor, Tensor]:
         real, fake, slope_at = self._inputs(batch, stream)
-        logits = self.critic.judge(real, batch.texts, self._seeds(batch, f"reference {stream}"))
-        other = self.critic.judge(fake, batch.texts, self._seeds(batch, f"rollout {stream}"))
-        losses = torch.stack(
-            [
-                weight
-                * pair_loss(
-                    self.config.loss, logits[n] - self.centre, other[n] - self.centre, self.config.label_smoothing
-                )
-                for n, weight in self.critic.loss_weights.items()
-            ]
-        ).sum(0)
+        beside = self.features(batch.companions) if batch.companions else ()
+
+        def judge(features: Tensors, kind: str) -> Mapping[str, Tensor]:
+            return self.critic.judge((*features, *beside), batch.texts, self._seeds(batch, f"{kind} {stream}"))
+
+        logits = judge(real, "reference")
+        losses = self._loss(logits, judge(fake, "rollout"))
+        if batch.strangers:
+            weight = self.config.condition.mismatched
+            losses = losses + weight * self._loss(logits, judge(self.features(batch.strangers), "stranger"))
         if self.config.penalty is None:
             return losses, torch.zeros_like(losses)
         return losses, self.config.penalty.weight * gradient_penalty(decision(self.critic, logits), slope_at)
+
+    def _loss(self, real: Mapping[str, Tensor], fake: Mapping[str, Tensor]) -> Tensor:
+        """Loss of each pair, (B,), from the logits of all parts."""
+        c, zero = self.config, self.centre
+        parts = [
+            weight * pair_loss(c.loss, real[n] - zero, fake[n] - zero, c.label_smoothing)
+            for n, weight in self.critic.loss_weights.items()
+        ]
+        return torch.stack(parts).sum(0)
 
     def _inputs(self, batch: Batch, stream: str) -> tuple[Tensors, Tensors, Tensors]:
         """Features of reference and rollout images, and the tensors that the penalty's slope is taken at."""

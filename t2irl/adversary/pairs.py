@@ -27,8 +27,9 @@ class Drawn:
 class Pairs:
     """Reference images of prompts, a fixed share of them kept out of the adversary's sight."""
 
-    def __init__(self, references: ReferenceImages, share: float, paired: bool, seed: int):
-        self.references, self.share, self.paired, self.seed = references, share, paired, seed
+    def __init__(self, references: ReferenceImages, share: float, paired: bool, seed: int, least: int = 0):
+        """`share` is kept out of sight, but of no prompt so many that fewer than `least` are left to learn from."""
+        self.references, self.share, self.paired, self.seed, self.least = references, share, paired, seed, least
         self._parts: dict[str, tuple[list[Path], list[Path]]] = {}
 
     def parts(self, prompt: str) -> tuple[list[Path], list[Path]]:
@@ -36,7 +37,7 @@ class Pairs:
         key = prompt if self.paired else ""
         if key not in self._parts:
             files = list(self.references.of(prompt))
-            kept = [file for file in files if self._is_kept(key, file)]
+            kept = [file for file in files if self._is_kept(key, file)][: max(0, len(files) - self.least)]
             if len(kept) == len(files) and not self.paired:
                 kept = []  # a style folder is all that there is to learn from
             self._parts[key] = [file for file in files if file not in kept], kept

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
-from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from t2irl.adversary.augment import Augment
+from t2irl.adversary.companions import Companions, Judge
 from t2irl.adversary.exported import load_exported, save_exported
-from t2irl.adversary.learning import Batch, Critic, Learner, Penalty, decision
-from t2irl.adversary.losses import LossKind, accuracy, auc
+from t2irl.adversary.learning import Batch, Critic, Learner, decision
+from t2irl.adversary.losses import accuracy, auc
 from t2irl.adversary.memory import Recent, Tensors
 from t2irl.adversary.pairs import Drawn, Pairs
-from t2irl.adversary.replay import Old, Replay, ReplayBuffer
+from t2irl.adversary.replay import Old, ReplayBuffer
+from t2irl.adversary.settings import AdversarialConfig
 from t2irl.data import noise_seed
 from t2irl.geometry import even_chunks
 from t2irl.likeness import ReferenceReward
 from t2irl.references import FeatureCache, ReferenceImages
-from t2irl.turns import AnyTurns, FixedTurns, Observation, Turns
+from t2irl.turns import Observation, Turns
 from t2irl.types import PromptGroups
 from t2irl.utils import distributed
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from t2irl.models.base import ModelFamily
 
 NAN = float("nan")
-Judge = Callable[[Tensors, PromptGroups], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,63 +56,8 @@ class AdversarialReward(ReferenceReward):
     float32, gradients are summed over processes, and all of it is in the checkpoint.
     """
 
-    class Config(ReferenceReward.Config):
-        """Settings that all adversarial rewards have."""
+    Config = AdversarialConfig
 
-        references: ReferenceImages.Config | None = None
-        """Reference images of the prompts trained on; needed unless `frozen`."""
-        frozen: Path | None = None
-        """A folder that an earlier run exported (`export/rewards/<name>`): score with it and do not learn. Every setting that
-        the score depends on must be as it was."""
-        turns: AnyTurns = FixedTurns()
-        """When the adversary learns, and whether the policy then does."""
-        loss: LossKind = "hinge"
-        """hinge, bce (cross-entropy of reference or rollout), or bt (Bradley-Terry within each pair)."""
-        label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-        """bce and bt: share of the opposite label."""
-        lr: PositiveFloat = 1e-4
-        """Learning rate."""
-        betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.5, 0.999)
-        """Decay rates of the two moments."""
-        weight_decay: NonNegativeFloat = 0.0
-        """Decoupled weight decay."""
-        max_grad_norm: PositiveFloat | None = None
-        """Gradients are scaled down to this norm; null: never."""
-        batch_size: PositiveInt = 64
-        """Pairs in one forward and backward pass, per process; an optimiser step takes all pairs of the rollout."""
-        penalty: Penalty | None = None
-        """R1 gradient penalty; null: none."""
-        augment: Augment = Augment()
-        """Changes of the pictures that it learns from."""
-        replay: Replay | None = None
-        """Older rollout images that it learns from as well; null: none."""
-        reencode: bool = True
-        """Put reference images through the policy's image encoder and decoder first, so that the decoder's traces tell
-        nothing. They take the same 8-bit path as rollouts in any case. Published: false, which a model that encodes no
-        images needs."""
-        heldout: float = Field(0.125, ge=0, lt=1)
-        """Share of the reference images that it never learns from: heldout_accuracy and heldout_auc are measured on them."""
-        memory_gib: PositiveFloat = 1.0
-        """Memory for features of reference images and for re-encoded ones on the host, and for features of the last rollout
-        on the device, each, per process."""
-        feature_cache: Path | None = None
-        """Folder where features of reference images are kept from run to run, by content; null: in memory only. With the
-        patches of a large backbone that is some MiB an image."""
-
-        @model_validator(mode="after")
-        def _settings_fit(self) -> AdversarialReward.Config:
-            if self.label_smoothing and self.loss == "hinge":
-                raise PydanticCustomError(
-                    "adversary", "label_smoothing = {value} has no meaning for loss: hinge; use bce or bt, or 0",
-                    {"value": self.label_smoothing},
-                )  # fmt: skip
-            if self.frozen is not None and self.references is not None:
-                raise PydanticCustomError(
-                    "adversary", "a frozen adversary does not learn, so it takes no references; remove one of the two"
-                )
-            return self
-
-    needs_heldout = False
     references_advice = (
         "an adversary learns from reference images: give references: {index: FILE} or references: {folder: FOLDER}, or frozen: "
         "FOLDER for an exported one"
@@ -129,6 +72,8 @@ class AdversarialReward(ReferenceReward):
         self._features: FeatureCache | None = None
         self._side = 0
         self.turns = Turns(config.turns)
+        self.companions: Companions | None = None
+        self.may_skip = self.may_lack(config)
         self.replay = None if config.replay is None else ReplayBuffer(config.replay)
         self.critic = self.make_critic(self.seed)
         if config.frozen is not None:
@@ -143,8 +88,31 @@ class AdversarialReward(ReferenceReward):
 
     @classmethod
     def compares(cls, config: Any) -> bool:
-        """Unless it is frozen."""
-        return config.frozen is None
+        """Unless it is frozen and judges a picture by itself."""
+        return config.frozen is None or config.condition is not None
+
+    @classmethod
+    def may_lack(cls, config: Any) -> bool:
+        """With a condition, whose `missing` is skip."""
+        return config.condition is not None and config.condition.missing == "skip"
+
+    @classmethod
+    def prompts_of(cls, config: Any, prompts: Sequence[str], heldout: Sequence[str], trained: bool) -> list[str]:
+        """Those it learns from, and with a condition those it is asked about."""
+        return [*(prompts if trained else ()), *(heldout if config.condition is not None else ())]
+
+    @classmethod
+    def look_up(cls, config: Any, prompts: Sequence[str]) -> ReferenceImages:
+        """With a condition, two of each prompt: a reference image is judged beside another one."""
+        if config.condition is not None:
+            least = max(2, config.references.at_least)
+            config = config.model_copy(update={"references": config.references.model_copy(update={"at_least": least})})
+        return super().look_up(config, prompts)
+
+    @property
+    def uses_policy(self) -> bool:
+        """Its image encoder, for reference images that a picture is judged beside."""
+        return self.config.condition is not None and self.config.reencode
 
     @classmethod
     def would_learn(cls, config: Any) -> bool:
@@ -157,28 +125,41 @@ class AdversarialReward(ReferenceReward):
         return self.learner.steps if self.learns else 0
 
     def prepare(self, prompts: Sequence[str], family: ModelFamily) -> None:
-        """Look up the reference images of the prompts trained on."""
-        if not self.learns:
+        """Look up the reference images."""
+        c = self.config
+        if not self.compares(c):
             return
         self.family = family
-        self.reset(self.seed)
-        images = self.look_up(self.config, prompts)
+        images = self.look_up(c, prompts)
         self.references = self.redrawn(images, family, self._limit)
-        paired = self.config.references.folder is None
-        self.pairs = Pairs(images, self.config.heldout, paired, self.seed)
+        conditioned, share = c.condition is not None, c.heldout if self.learns else 0
+        self.pairs = Pairs(images, share, c.references.folder is None, self.seed, least=2 if conditioned else 0)
+        if conditioned:
+            self.companions = Companions(c.condition, self.pairs, self.reference_features, self.seed)
+        if not self.learns:
+            return
+        self.reset(self.seed)
         self.learner = Learner(self.critic, self.config, self.seed, self.reference_pictures, self.reference_features)
 
     # ------------------------------------------------------------------------------------------------------- scoring
     @torch.no_grad()
     def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
         """The adversary's present opinion, (B,) float32."""
-        features = self.critic.embed(images)
+        features, self._side = self.critic.embed(images), images.shape[-1]
         if self.learns:
             self._recent.add(images, features)
-        return self._score(features, groups)
+        return self._opinion(self._score, features, groups)
 
     def _score(self, features: Tensors, groups: PromptGroups) -> Tensor:
         return self.critic.score(features, groups.texts, self._seeds("score", groups))
+
+    def _opinion(
+        self, judge: Judge, features: Tensors, groups: PromptGroups, shown: Sequence[Path | None] | None = None
+    ) -> Tensor:
+        """What `judge` says of pictures, beside their companions if there is a condition; `shown`: the files they are from."""
+        if self.companions is None:
+            return judge(features, groups)
+        return self.companions.mean(judge, features, groups, [None] * len(groups) if shown is None else shown)
 
     # ---------------------------------------------------------------------------------------------- reference images
     def reference_pictures(self, files: Sequence[Path]) -> Tensor:
@@ -235,7 +216,8 @@ class AdversarialReward(ReferenceReward):
         known = [k for k, file in enumerate(files) if file is not None]
 
         def own(rows: list[int], judge: Judge) -> Tensor:
-            return judge(tuple(x[rows] for x in features), groups[rows]) if rows else torch.empty(0)
+            mine = tuple(x[rows] for x in features)
+            return self._opinion(judge, mine, groups[rows]) if rows else torch.empty(0)
 
         policy, reference, real, fake = map(
             _everyone,
@@ -255,7 +237,10 @@ class AdversarialReward(ReferenceReward):
     def _about(self, files: Sequence[Path | None], groups: PromptGroups, judge: Judge) -> Tensor:
         """What `judge` says of reference images; places without one are left out."""
         known = {k: file for k, file in enumerate(files) if file is not None}
-        return judge(self.reference_features(list(known.values())), groups[list(known)]) if known else torch.empty(0)
+        if not known:
+            return torch.empty(0)
+        shown = list(known.values())
+        return self._opinion(judge, self.reference_features(shown), groups[list(known)], shown)
 
     def _decide(self, features: Tensors, groups: PromptGroups) -> Tensor:
         seeds = self._seeds("look", groups)
@@ -281,7 +266,12 @@ class AdversarialReward(ReferenceReward):
             real += [file for file in files if file is not None]  # only prompts that have some are stored
             texts, keys = [*texts, *(x.text for x in old)], [*keys, *((x.prompt, x.member) for x in old)]
         total = sum(distributed.gather_objects(len(real)))
-        return Batch(real, images, features, texts, keys), total
+        if self.companions is None:
+            return Batch(real, images, features, texts, keys), total
+        present = list(chain.from_iterable(distributed.gather_objects(texts)))
+        companions = self.companions.draw(texts, keys, real, iteration)
+        strangers = self.companions.strangers(texts, keys, present, iteration)
+        return Batch(real, images, features, texts, keys, companions, strangers), total
 
     def _store(self, replay: ReplayBuffer, images: Tensor, groups: PromptGroups, drawn: Drawn, iteration: int) -> None:
         """Keep some of the rollout's images for later iterations."""

@@ -47,8 +47,13 @@ class AdversarialClip(AdversarialReward):
 
         @model_validator(mode="before")
         @classmethod
-        def _no_spectral_norm(cls, data: Any) -> Any:
+        def _not_of_a_clip(cls, data: Any) -> Any:
             # Known from adversarial_dino, so an unknown key would not be answer enough.
+            if isinstance(data, dict) and data.get("condition") is not None:
+                raise PydanticCustomError(
+                    "adversary",
+                    "condition is for adversarial_dino, which reads no prompt; this one reads it as text. Drop it",
+                )
             if isinstance(data, dict) and "spectral_norm" in data:
                 raise PydanticCustomError(
                     "adversary", "spectral_norm: {value} is for new weights, those of adversarial_dino's head; dividing the "

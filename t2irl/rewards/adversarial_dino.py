@@ -19,8 +19,8 @@ from t2irl.rewards.base import reading
 class AdversarialDino(AdversarialReward):
     """0.7 h(whole picture) + 0.3 mean of h(patch): the logits of one head on a frozen vision backbone.
 
-    It does not read the prompt, so a policy that draws good pictures of something else is not punished: hold a measure of
-    prompt following beside it. Hacked, between two steps of the head, by any texture that it has not yet learned.
+    Without a `condition` it does not read the prompt, so a policy that draws good pictures of something else is not punished: hold
+    a measure of prompt following beside it. Hacked, between two steps of the head, by any texture that it has not yet learned.
     """
 
     class Config(AdversarialReward.Config):
@@ -80,7 +80,8 @@ class AdversarialDino(AdversarialReward):
         c = self.config
         with reading(c):
             backbone = VisionBackbone.load(c.path, self.device, c.layers, size=c.size, dtype=DTYPES[c.precision])
-        head = PatchHead(backbone.width, c.hidden, c.spectral_norm, DTYPES[c.head_precision])
+        width = backbone.width * (1 if c.condition is None else 2)
+        head = PatchHead(width, c.hidden, c.spectral_norm, DTYPES[c.head_precision])
         head.reset(seed)
         return DinoCritic(
             backbone, head.to(self.device), (c.global_weight, c.local_weight), c.loss_weights, c.feature_norm,

@@ -85,9 +85,14 @@ class Reward:
         """
 
     @classmethod
-    def prompts_of(cls, prompts: Sequence[str], heldout: Sequence[str], trained: bool) -> list[str]:
+    def prompts_of(cls, config: Any, prompts: Sequence[str], heldout: Sequence[str], trained: bool) -> list[str]:
         """Those of a run's prompts that it is given: `trained` on, or only measured on held-out ones."""
         return [*(prompts if trained else ()), *(heldout if cls.needs_heldout else ())]
+
+    @property
+    def uses_policy(self) -> bool:
+        """Whether scoring needs the policy's own networks, so that it cannot go on while pictures are drawn."""
+        return False
 
     @property
     def elsewhere(self) -> bool:

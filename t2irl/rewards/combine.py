@@ -65,7 +65,7 @@ class RewardSet:
                     f"heldout_rewards.{name}: {reward.config.type} compares the images of a group with each other, so it says "
                     "nothing of held-out pictures as a whole; move it to rewards"
                 )
-            reward.prepare(reward.prompts_of(prompts, heldout, trained), family)
+            reward.prepare(reward.prompts_of(reward.config, prompts, heldout, trained), family)
 
     def score(self, images: Tensor, groups: PromptGroups, whole: bool = False) -> dict[str, Tensor]:
         """Score (B, 3, H, W) uint8 pictures: name -> (B,) float32 on the CPU.

@@ -20,6 +20,15 @@ CPU = torch.device("cpu")
 
 def adversary() -> dict[str, Any]:
     """Three iterations of an adversary that sees other pictures, and other numbers of them, on each process."""
+    return _iterations(None)
+
+
+def beside() -> dict[str, Any]:
+    """The same of one that judges pictures beside reference images."""
+    return _iterations({"images": 2})
+
+
+def _iterations(condition: dict[str, Any] | None) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     prompts, side = [f"thing {k}" for k in range(6)], 16
     files = {text: [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(3)] for text in prompts}
@@ -41,6 +50,7 @@ def adversary() -> dict[str, Any]:
                 "path": folder / "dino", "lr": 1e-3, "heldout": 0.3, "batch_size": 5, "reencode": False,
                 "references": {"index": folder / "references" / "index.json"},
                 "replay": {"size": 9, "add": 6, "share": 0.5}, "penalty": {"on": "features", "weight": 0.1},
+                "condition": condition,
             }
         )  # fmt: skip
         reward = registry.build("rewards", config, CPU)

@@ -250,14 +250,15 @@ def test_a_pipeline_over_two_processes_is_that_of_one(two: list[dict[str, Any]])
     torch.testing.assert_close(first["advantages"][0], alone["advantages"][0], rtol=0.02, atol=1e-3)
 
 
-def test_two_adversaries_stay_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["adversary", "beside"])
+def test_two_adversaries_stay_one(kind: str, tmp_path: Path) -> None:
     """Other pictures on each process, and yet the same parameters, moments, stored images and metrics to the last bit: an
     adversary whose gradients are not summed drifts apart. Up to rounding it is the adversary of one process.
     """
-    first, second = (process["adversary"] for process in together(tmp_path, "adversary"))
+    first, second = (process[kind] for process in together(tmp_path, kind))
     assert_equal(first["state"], second["state"])
     assert first["metrics"] == second["metrics"]
-    alone = worker.adversary()
+    alone = getattr(worker, kind)()
     moved = (alone["weights"] - alone["start"]).abs()
     assert (moved > 0).float().mean() > 0.9
     assert (first["weights"] - alone["weights"]).abs().mean() < 0.02 * moved.mean()

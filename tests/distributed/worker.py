@@ -26,7 +26,7 @@ from t2irl.monitor import UpdateLog
 from t2irl.train import Parts, own_groups, shaped, update_policy
 from t2irl.types import MicroBatch, Prediction, PromptGroups, Rollout, TrainingImages, Trajectory
 from t2irl.utils import distributed
-from tests.distributed.adversaries import adversary, lacking
+from tests.distributed.adversaries import adversary, beside, lacking
 from tests.invariants.test_gardo import GATE, RECORDED, REWARDS, SLOW, gardo_run, iterate
 from tests.invariants.toy import PROMPTS, toy_parts, toy_rollout, toy_run
 
@@ -280,7 +280,19 @@ def guards() -> dict[str, Any]:
 
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     function.__name__: function
-    for function in (transfers, gradients, training, matching, combined, prompts, lonely, adversary, guards, lacking)
+    for function in (
+        transfers,
+        gradients,
+        training,
+        matching,
+        combined,
+        prompts,
+        lonely,
+        adversary,
+        beside,
+        guards,
+        lacking,
+    )
 }
 
 
