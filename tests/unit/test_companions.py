@@ -158,6 +158,14 @@ def test_score_loss_and_diagnostics_see_the_same(make: Make, pictures: Pictures)
         beside = (*features, *reward.reference_features(files))
         judged = decision(reward.critic, reward.critic.judge(beside, groups.texts, [0] * 48))
         torch.testing.assert_close(score, judged)
+        shown = [reward.pairs.parts(text)[0][0] for text in groups.texts]
+        beside = [
+            next(file for file in reward.companions._order[t] if file != f)
+            for t, f in zip(groups.texts, shown, strict=True)
+        ]
+        pair = (*reward.reference_features(shown), *reward.reference_features(beside))
+        seen = reward._about(shown, groups, reward._score)  # a reference image is not its own companion
+        torch.testing.assert_close(seen, reward.critic.score(pair, groups.texts, [0] * 48))
         alone = make("adversarial_dino").critic.settings()
     assert reward.critic.settings() == alone | {"pairs": True}
 
