@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from t2irl.evaluation.hacks import HACKS, LIMIT, rise
 from t2irl.evaluation.overoptimization import best_of_k, best_of_n_kl
 from t2irl.hacklab import uncertainty
 from t2irl.hacklab.tables import table
+from t2irl.hacklab.total import TOTAL, total_of
 from t2irl.launch import write_json
 from t2irl.policy import Policy
 from t2irl.rewards.combine import RewardSet
@@ -72,7 +73,8 @@ def sample(run: Run, prompts: int, images: int) -> Samples:
 
 
 def probe(run: Run, gold: str | None, prompts: int, images: int) -> dict[str, Any]:
-    """Measure every reward of the run: the planted hacks, and the rest against the held-out reward `gold` if there is one.
+    """Measure every reward of the run, and `total`, what it makes of them: the planted hacks, and the rest against the held-out
+    reward `gold` if there is one.
 
     Numbers and lists only; what cannot be said, for want of pictures that both rewards can judge, is None. Raises ConfigError
     when `gold` is not among the held-out rewards that score single pictures, and for a reward that judges no picture.
@@ -84,7 +86,9 @@ def probe(run: Run, gold: str | None, prompts: int, images: int) -> dict[str, An
         raise ConfigError(f"--gold {gold}: it measures whole sets of pictures; give a reward that scores each")
     if not found.scores:
         raise ConfigError("no reward of the config scores single pictures, so there is nothing to probe")
-    changed = {name: _changed(found, name) for name in HACKS}
+    total = total_of(run, found.sets["rewards"], found.scores, torch.tensor(found.groups.ids))
+    changed = {name: scores | total(scores) for name in HACKS for scores in [_changed(found, name)]}
+    found = replace(found, scores={**found.scores, **total(found.scores)})
     rewards: dict[str, Any] = {}
     for name, values in found.scores.items():
         known = values[~values.isnan()].double()
@@ -122,7 +126,8 @@ def _rise(plain: Tensor, changed: Tensor) -> dict[str, Any]:
 
 def _correlations(found: Samples, gold: str | None) -> dict[str, dict[str, float | None]]:
     """Correlation of every two rewards within prompts, or with `gold` that of their errors, on the pictures that all can judge."""
-    names, ids = [name for name in found.scores if name != gold], torch.tensor(found.groups.ids)
+    left_out = (gold,) if gold is None else (gold, TOTAL)  # the error of the whole is no second opinion on its parts
+    names, ids = [name for name in found.scores if name not in left_out], torch.tensor(found.groups.ids)
     # The error against a constant is the score itself.
     truth = torch.zeros(len(ids)) if gold is None else found.scores[gold]
     square: dict[str, dict[str, float | None]] = {name: {name: 1.0} for name in names}
@@ -165,7 +170,8 @@ def report(result: Mapping[str, Any]) -> str:
         lines += ["", "### Correlation of rewards within prompts", "", *_square(result["correlation"])]
         lines += [
             "",
-            "A reward guards against what it dislikes: beside a proxy one below 0 holds it better than one at 0.",
+            "A reward guards against what it dislikes: beside a proxy one below 0 holds it better than one at 0. `total` is what the run "
+            "would optimise: the less it goes with a proxy and the more with the others, the less of the proxy's hack is in it.",
         ]
     lines += ["", "### Planted hacks: mean rise in standard deviations, share of pictures whose score rises", ""]
     lines += table(

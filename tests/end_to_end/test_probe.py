@@ -46,7 +46,8 @@ def test_pictures_that_a_reward_cannot_judge_are_left_out(config: Path) -> None:
     dark, more = f"{{type: '{PLUGINS}:Darkness'}}", ("--rewards.size.type", "jpeg_size")
     found, text = probe(config, "--heldout_rewards.gold", dark, *more)
     rewards = found["rewards"]
-    assert found["gold"] == "gold" and [r["left_out"] for r in rewards.values()] == [0, 0, 4]  # one prompt of three
+    assert found["gold"] == "gold" and list(rewards) == ["bright", "size", "gold", "total"]
+    assert [r["left_out"] for r in rewards.values()] == [0, 0, 4, 0]  # one prompt of three
     assert "gold cannot judge 4 of 12 pictures; they are left out" in text
     bright, gold = rewards["bright"], rewards["gold"]
     assert bright["tau"] == pytest.approx(-1) and bright["starc"] == pytest.approx(1)
@@ -58,13 +59,35 @@ def test_pictures_that_a_reward_cannot_judge_are_left_out(config: Path) -> None:
     assert list(errors) == list(errors["size"]) == ["bright", "size"] and errors["size"]["size"] == 1
     assert errors["bright"]["size"] == errors["size"]["bright"] and "### Correlation of errors" in text
     alike = found["correlation"]
-    assert list(alike) == ["bright", "size", "gold"] and alike["bright"]["gold"] == pytest.approx(-1)
+    assert list(alike) == ["bright", "size", "gold", "total"] and alike["bright"]["gold"] == pytest.approx(-1)
     assert abs(alike["size"]["bright"]) < 1 and "### Correlation of rewards within prompts" in text
     assert all(
         hack["left_out"] == 0 and hack["rise"] is not None for r in rewards.values() for hack in r["hacks"].values()
     )
     named, _ = probe(config, "--heldout_rewards.gold", dark, *more, "--gold", "gold")
     assert named == found
+
+
+def test_the_total_is_what_the_run_would_optimise(config: Path) -> None:
+    """Of two rewards, one upside down: as `combine` makes one number of them, pictures changed by a hack included."""
+    assert "total" not in probe(config)[0]["rewards"]
+    more = ("--rewards.less.type", f"{PLUGINS}:Brightness", "--rewards.less.weight=-3")
+    found, text = probe(config, *more)
+    alike, rewards = found["correlation"], found["rewards"]
+    assert alike["bright"]["less"] == pytest.approx(1) and alike["total"]["bright"] == pytest.approx(-1)
+    assert rewards["total"]["mean"] == pytest.approx(-2 * rewards["bright"]["mean"], rel=1e-5)
+    for hack, row in rewards["total"]["hacks"].items():
+        assert row["rise"] == pytest.approx(-rewards["bright"]["hacks"][hack]["rise"], rel=1e-3, abs=1e-4)
+    combine = "{rewards: {bright: {bound: {type: clip, quantile: 0.5}}}, aggregate: {type: mean}}"
+    held = ("--heldout_rewards.gold.type", f"{PLUGINS}:Brightness")
+    settings = ("--advantage.combine", "scores", "--rewards.size.type", "jpeg_size", *held)
+    bounded, text = probe(config, "--combine", combine, *settings)
+    hacks = bounded["rewards"]["total"]["hacks"]
+    assert "total" in bounded["correlation"]["size"] and "| total |" in text
+    plain, _ = probe(config, "--combine", "{aggregate: {type: mean}}", *settings)
+    assert (
+        hacks["grid_texture"]["rise"] < plain["rewards"]["total"]["hacks"]["grid_texture"]["rise"]
+    )  # what is bounded rises less
 
 
 def test_what_cannot_be_probed_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
