@@ -207,7 +207,9 @@ def figures(folder: Path) -> dict[str, dict[str, float]]:
         backbone = VisionBackbone.load(place, torch.device("cpu"))
         encoders[f"{name}, CLS"] = lambda x, b=backbone: torch.cat([b(part).cls for part in x.split(128)])
         encoders[f"{name}, mean patch"] = lambda x, b=backbone: torch.cat([b(p).patches.mean(1) for p in x.split(128)])
-        encoders[f"{name}, all patches"] = lambda x, b=backbone: torch.cat([b(p).patches.flatten(1) for p in x.split(128)])
+        encoders[f"{name}, all patches"] = lambda x, b=backbone: torch.cat(
+            [b(p).patches.flatten(1) for p in x.split(128)]
+        )
     shutil.rmtree(untrained)
     drawn = base_model(folder.with_name("tiny-sd3"))
     rows = {}
