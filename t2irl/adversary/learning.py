@@ -157,10 +157,18 @@ class Learner:
         losses = self._loss(logits, judge(fake, "rollout"))
         if batch.strangers:
             weight = self.config.condition.mismatched
-            losses = losses + weight * self._loss(logits, judge(self.features(batch.strangers), "stranger"))
+            losses = losses + weight * self._loss(logits, judge(self._strangers(batch, stream), "stranger"))
         if self.config.penalty is None:
             return losses, torch.zeros_like(losses)
         return losses, self.config.penalty.weight * gradient_penalty(decision(self.critic, logits), slope_at)
+
+    def _strangers(self, batch: Batch, stream: str) -> Tensors:
+        """Features of the strangers, changed as their pair is: otherwise what `augment` leaves would tell them."""
+        if not self.config.augment.active:
+            return self.features(batch.strangers)
+        pixels = self.pictures(batch.strangers).to(batch.fake).div(255)
+        with torch.no_grad():
+            return self.critic.embed(augment(pixels, self.config.augment, self._seeds(batch, f"augment {stream}")))
 
     def _loss(self, real: Mapping[str, Tensor], fake: Mapping[str, Tensor]) -> Tensor:
         """Loss of each pair, (B,), from the logits of all parts."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reward_models.critics import most_alike, relation
 from t2irl import registry
+from t2irl.adversary.augment import augment
 from t2irl.adversary.companions import Companions, Condition
 from t2irl.adversary.learning import decision
 from t2irl.adversary.losses import auc
@@ -168,6 +169,26 @@ def test_score_loss_and_diagnostics_see_the_same(make: Make, pictures: Pictures)
         torch.testing.assert_close(seen, reward.critic.score(pair, groups.texts, [0] * 48))
         alone = make("adversarial_dino").critic.settings()
     assert reward.critic.settings() == alone | {"pairs": True}
+
+
+def test_strangers_are_changed_as_their_pair_is(
+    make: Make, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain strangers beside changed reference images could be told by that alone."""
+    images, groups = pictures
+    for augmented in (False, True):
+        reward = make("adversarial_dino", condition={}, heldout=0, augment={"jitter": 0.3 if augmented else 0})
+        seen: list[Any] = []
+        inner = reward.learner._judged
+        monkeypatch.setattr(reward.learner, "_judged", lambda b, s, f=inner, to=seen: (to.append((b, s)), f(b, s))[1])
+        iterate(reward, images, groups)
+        batch, stream = seen[0]
+        plain, shown = reward.reference_features(batch.strangers), reward.learner._strangers(batch, stream)
+        assert torch.allclose(plain[0], shown[0], atol=1e-5) != augmented
+        if augmented:
+            pixels = reward.reference_pictures(batch.strangers).float() / 255
+            seeds = reward.learner._seeds(batch, f"augment {stream}")
+            torch.testing.assert_close(shown, reward.critic.embed(augment(pixels, reward.config.augment, seeds)))
 
 
 FULL = {
