@@ -30,7 +30,9 @@ from t2irl.strict import Strict
 
 ENTRY_NAME = re.compile(r"[A-Za-z0-9_-]+")
 """What a reward or regulariser may be called: its name is part of log keys and of overrides."""
-RESERVED_NAMES = frozenset({"total", "type"})
+TOTAL = "total"
+"""What stands for all rewards together where single ones have their names."""
+RESERVED_NAMES = frozenset({TOTAL, "type"})
 """Names with a meaning of their own in log keys and in configs."""
 
 

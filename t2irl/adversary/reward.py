@@ -97,9 +97,9 @@ class AdversarialReward(ReferenceReward):
         return config.condition is not None and config.condition.missing == "skip"
 
     @classmethod
-    def prompts_of(cls, config: Any, prompts: Sequence[str], heldout: Sequence[str], trained: bool) -> list[str]:
-        """Those it learns from, and with a condition those it is asked about."""
-        return [*(prompts if trained else ()), *(heldout if config.condition is not None else ())]
+    def needs_heldout(cls, config: Any) -> bool:
+        """With a condition, to compare with their reference images."""
+        return config.condition is not None
 
     @classmethod
     def look_up(cls, config: Any, prompts: Sequence[str]) -> ReferenceImages:

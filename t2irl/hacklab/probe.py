@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from t2irl import registry
-from t2irl.config import Run
+from t2irl.config import TOTAL, Run
 from t2irl.data import load_prompts
 from t2irl.errors import ConfigError
 from t2irl.evaluation.agreement import error_correlation, kendall_tau, starc_distance
@@ -22,7 +22,7 @@ from t2irl.evaluation.hacks import HACKS, LIMIT, rise
 from t2irl.evaluation.overoptimization import best_of_k, best_of_n_kl
 from t2irl.hacklab import uncertainty
 from t2irl.hacklab.tables import table
-from t2irl.hacklab.total import TOTAL, total_of
+from t2irl.hacklab.total import total_of
 from t2irl.launch import write_json
 from t2irl.policy import Policy
 from t2irl.rewards.combine import RewardSet

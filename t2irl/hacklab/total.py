@@ -7,11 +7,8 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from t2irl.algebra.pipeline import Pipeline
-from t2irl.config import Run
+from t2irl.config import TOTAL, Run
 from t2irl.rewards.combine import RewardSet
-
-TOTAL = "total"
-"""No reward is called so."""
 
 
 def total_of(

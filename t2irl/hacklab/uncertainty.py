@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from t2irl.config import Run
+from t2irl.config import TOTAL, Run
 from t2irl.guards.validity import ENOUGH, NEEDS_POLICY, foretells, uncertain
 from t2irl.hacklab.tables import table
-from t2irl.regularizers.uncertainty import TOTAL, Uncertainty, refuse_unfit
+from t2irl.regularizers.uncertainty import Uncertainty, refuse_unfit
 
 if TYPE_CHECKING:
     from t2irl.hacklab.probe import Samples

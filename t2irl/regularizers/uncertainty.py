@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from t2irl.advantages import normalise, trained
-from t2irl.config import Run, Strict
+from t2irl.config import TOTAL, Run, Strict
 from t2irl.errors import ConfigError
 from t2irl.guards import credit, estimators
 from t2irl.guards.auxiliary import trained_problem
@@ -38,8 +38,6 @@ SETTINGS = {
 MEMORY = 0.99
 """Share of the old scale of a reward's uncertainty that is kept in each iteration."""
 SHUFFLE_STREAM = 0x5F
-TOTAL = "total"
-"""What the one score that `combine` makes is called; no reward has this name."""
 ARTIFACT = ("artifact", "artifact_adaptive", "artifact_judge")
 """Types of rewards that say how clean a picture is."""
 

@@ -95,7 +95,10 @@ class ArtifactAdaptive(Artifact):
                 )
             return self
 
-    needs_heldout = False
+    @classmethod
+    def needs_heldout(cls, config: Any) -> bool:
+        """It knows pictures, not prompts."""
+        return False
 
     def __init__(self, config: Any, device: torch.device):
         super().__init__(config, device)

@@ -41,8 +41,6 @@ class Reward:
     whole_groups = False
     """Whether a score depends on the other images of the group. Such a reward is given all images of a group in one call, once
     the rollout is drawn. Pictures outside rollouts (evaluations, grids, the base model's) get NaN from it."""
-    needs_heldout = True
-    """Whether `prepare` wants the held-out prompts as well, which are scored at evaluation but never trained on."""
     seed = 0
     """The run's seed; set before `prepare`."""
     name = ""
@@ -85,9 +83,14 @@ class Reward:
         """
 
     @classmethod
+    def needs_heldout(cls, config: Any) -> bool:
+        """Whether `prepare` wants the held-out prompts as well, which are scored at evaluation but never trained on."""
+        return True
+
+    @classmethod
     def prompts_of(cls, config: Any, prompts: Sequence[str], heldout: Sequence[str], trained: bool) -> list[str]:
         """Those of a run's prompts that it is given: `trained` on, or only measured on held-out ones."""
-        return [*(prompts if trained else ()), *(heldout if cls.needs_heldout else ())]
+        return [*(prompts if trained else ()), *(heldout if cls.needs_heldout(config) else ())]
 
     @property
     def uses_policy(self) -> bool:
