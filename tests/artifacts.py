@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from reward_models.artifact import ArtifactClassifier, Design
+from t2irl.corruptions import corrupt
 from t2irl.shapes.captions import sample_captions
-from t2irl.shapes.corruptions import corrupt
 from t2irl.shapes.render import SIZE, render, sample_scene
 
 

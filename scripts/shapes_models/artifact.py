@@ -19,7 +19,7 @@ from torch import Tensor
 from reward_models.artifact import ArtifactClassifier, Design, scores
 from reward_models.recipes.train_artifact import Settings, fit, pair_accuracy, report, with_temperature
 from shapes_models.artifact_pictures import BAD, GOOD, PROMPTS, Pool, draw_pools, draw_sources, rated
-from t2irl.shapes.corruptions import FAMILIES, KINDS
+from t2irl.corruptions import FAMILIES, KINDS
 from t2irl.shapes.corruptions_extra import EXTRA, EXTRA_FAMILIES
 from t2irl.shapes.render import SIZE
 from t2irl.shapes.verify import verify

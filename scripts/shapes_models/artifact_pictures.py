@@ -1,7 +1,7 @@
 """Labelled pictures of the shapes world, clean and broken, that its artifact classifier learns from and is tried on.
 
 Clean: rendered scenes, the same through the policy's image decoder, and what the base model draws well. Broken: all of these
-in each of the ways of `t2irl.shapes.corruptions`, half of them through the decoder afterwards, so that sharpness tells nothing;
+in each of the ways of `t2irl.corruptions`, half of them through the decoder afterwards, so that sharpness tells nothing;
 pictures driven up the gradient of a proxy; and what the base model draws badly. The verifier stands in for the raters.
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from reward_models.clip import ClipScorer
 from reward_models.recipes.labelled import Part, part_of
 from shapes_models.vae import to_float
+from t2irl.corruptions import KINDS, corrupt
 from t2irl.shapes.captions import sample_captions
-from t2irl.shapes.corruptions import KINDS, corrupt
 from t2irl.shapes.corruptions_extra import EXTRA
 from t2irl.shapes.render import SIZE, render, sample_scene
 from t2irl.shapes.verify import parse, verify

@@ -87,13 +87,15 @@ class Batch:
     """With a condition: the reference image that both are judged beside."""
     strangers: Sequence[Path] = ()
     """Reference images of other prompts, which should not pass beside the companion; none without that loss."""
+    spoilt: Tensors = ()
+    """Frozen features of `real` spoilt on purpose; none without that loss."""
 
     def __len__(self) -> int:
         return len(self.real)
 
     def __getitem__(self, part: slice) -> Batch:
-        features = tuple(x[part] for x in self.fake_features)
-        others = self.companions[part], self.strangers[part]
+        features, spoilt = (tuple(x[part] for x in group) for group in (self.fake_features, self.spoilt))
+        others = self.companions[part], self.strangers[part], spoilt
         return Batch(self.real[part], self.fake[part], features, self.texts[part], self.keys[part], *others)
 
 
@@ -158,6 +160,8 @@ class Learner:
         if batch.strangers:
             weight = self.config.condition.mismatched
             losses = losses + weight * self._loss(logits, judge(self._strangers(batch, stream), "stranger"))
+        if batch.spoilt:
+            losses = losses + self.config.negatives.weight * self._loss(logits, judge(batch.spoilt, "spoilt"))
         if self.config.penalty is None:
             return losses, torch.zeros_like(losses)
         return losses, self.config.penalty.weight * gradient_penalty(decision(self.critic, logits), slope_at)

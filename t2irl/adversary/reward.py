@@ -16,6 +16,7 @@ from t2irl.adversary.exported import load_exported, save_exported
 from t2irl.adversary.learning import Batch, Critic, Learner, decision
 from t2irl.adversary.losses import accuracy, auc
 from t2irl.adversary.memory import Recent, Tensors
+from t2irl.adversary.negatives import spoil
 from t2irl.adversary.pairs import Drawn, Pairs
 from t2irl.adversary.replay import Old, ReplayBuffer
 from t2irl.adversary.settings import AdversarialConfig
@@ -267,11 +268,23 @@ class AdversarialReward(ReferenceReward):
             texts, keys = [*texts, *(x.text for x in old)], [*keys, *((x.prompt, x.member) for x in old)]
         total = sum(distributed.gather_objects(len(real)))
         if self.companions is None:
-            return Batch(real, images, features, texts, keys), total
+            return Batch(real, images, features, texts, keys, spoilt=self._spoilt(real, keys, iteration)), total
         present = list(chain.from_iterable(distributed.gather_objects(texts)))
         companions = self.companions.draw(texts, keys, real, iteration)
         strangers = self.companions.strangers(texts, keys, present, iteration)
-        return Batch(real, images, features, texts, keys, companions, strangers), total
+        spoilt = self._spoilt(real, keys, iteration)
+        return Batch(real, images, features, texts, keys, companions, strangers, spoilt), total
+
+    @torch.no_grad()
+    def _spoilt(self, files: Sequence[Path], keys: Sequence[tuple[int, int]], iteration: int) -> Tensors:
+        """Features of reference images spoilt on purpose, one for each pair; none without that loss."""
+        if self.config.negatives is None or not files:
+            return ()
+        seeds = [noise_seed(self.seed, f"adversary spoilt {iteration}", *key) for key in keys]
+        pictures = spoil(self.reference_pictures(files), self.config.negatives, seeds)
+        chunks = even_chunks(len(files), self.config.batch_size)
+        parts = [self.critic.embed(pictures[c].to(self.device).float().div(255)) for c in chunks]
+        return tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
     def _store(self, replay: ReplayBuffer, images: Tensor, groups: PromptGroups, drawn: Drawn, iteration: int) -> None:
         """Keep some of the rollout's images for later iterations."""

@@ -12,6 +12,7 @@ from t2irl.adversary.augment import Augment
 from t2irl.adversary.companions import Condition
 from t2irl.adversary.learning import Penalty
 from t2irl.adversary.losses import LossKind
+from t2irl.adversary.negatives import Negatives
 from t2irl.adversary.replay import Replay
 from t2irl.likeness import ReferenceReward
 from t2irl.references import ReferenceImages
@@ -55,6 +56,8 @@ class AdversarialConfig(ReferenceReward.Config):
     images needs."""
     condition: Condition | None = None
     """Judge pictures beside reference images of their prompt (adversarial_dino); null: each by itself, as published."""
+    negatives: Negatives | None = None
+    """Reference images spoilt on purpose, to learn from as well; null: none, as published."""
     heldout: float = Field(0.125, ge=0, lt=1)
     """Share of the reference images that it never learns from: heldout_accuracy and heldout_auc are measured on them."""
     memory_gib: PositiveFloat = 1.0
@@ -71,6 +74,11 @@ class AdversarialConfig(ReferenceReward.Config):
                 "adversary", "label_smoothing = {value} has no meaning for loss: hinge; use bce or bt, or 0",
                 {"value": self.label_smoothing},
             )  # fmt: skip
+        if self.negatives is not None and self.augment.active:
+            raise PydanticCustomError(
+                "adversary",
+                "negatives are not augmented as their pair is, which would tell them; remove negatives or augment",
+            )
         if self.frozen is not None and self.references is not None and self.condition is None:
             raise PydanticCustomError(
                 "adversary", "a frozen adversary does not learn, so it takes no references; remove one of the two"

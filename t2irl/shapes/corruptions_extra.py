@@ -1,6 +1,6 @@
 """More ways in which a picture can be broken, for training only: no figure is given for them.
 
-As those of `t2irl.shapes.corruptions`. Each resembles one of the families there and is left out together with it.
+As those of `t2irl.corruptions`. Each resembles one of the families there and is left out together with it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Generator, Tensor
 
-from t2irl.shapes.corruptions import Corruption, background, object_pixels, resample, sign, smooth_noise, uniform, whole
+from t2irl.corruptions import Corruption, background, object_pixels, resample, sign, smooth_noise, uniform, whole
 
 
 def speckle(one: Tensor, generator: Generator, others: Tensor) -> Tensor:

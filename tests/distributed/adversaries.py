@@ -24,11 +24,11 @@ def adversary() -> dict[str, Any]:
 
 
 def beside() -> dict[str, Any]:
-    """The same of one that judges pictures beside reference images."""
-    return _iterations({"images": 2})
+    """The same of one that judges pictures beside reference images, and learns from spoilt ones."""
+    return _iterations({"images": 2}, {"kinds": ["ghost", "bands"]})
 
 
-def _iterations(condition: dict[str, Any] | None) -> dict[str, Any]:
+def _iterations(condition: dict[str, Any] | None, negatives: dict[str, Any] | None = None) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     prompts, side = [f"thing {k}" for k in range(6)], 16
     files = {text: [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(3)] for text in prompts}
@@ -50,7 +50,7 @@ def _iterations(condition: dict[str, Any] | None) -> dict[str, Any]:
                 "path": folder / "dino", "lr": 1e-3, "heldout": 0.3, "batch_size": 5, "reencode": False,
                 "references": {"index": folder / "references" / "index.json"},
                 "replay": {"size": 9, "add": 6, "share": 0.5}, "penalty": {"on": "features", "weight": 0.1},
-                "condition": condition,
+                "condition": condition, "negatives": negatives,
             }
         )  # fmt: skip
         reward = registry.build("rewards", config, CPU)

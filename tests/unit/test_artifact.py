@@ -17,9 +17,9 @@ from reward_models.recipes import train_artifact
 from reward_models.recipes.labelled import PARTS, load_labelled, originals, part_of, pixels, split
 from reward_models.recipes.train_artifact import Settings, calibrate, calibration_error, fit, pair_accuracy
 from reward_models.vision import VisionBackbone
+from t2irl.corruptions import FAMILIES, KINDS, corrupt
 from t2irl.errors import DataError
 from t2irl.rewards.artifact import Artifact
-from t2irl.shapes.corruptions import FAMILIES, KINDS, corrupt
 from t2irl.shapes.corruptions_extra import EXTRA, EXTRA_FAMILIES
 from t2irl.shapes.verify import verify
 from t2irl.types import PromptGroups
