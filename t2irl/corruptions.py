@@ -222,17 +222,7 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
 """Kinds that resemble each other, so that leaving out one family asks for what no remaining kind shows."""
 
 
-def corrupt(
-    images: Tensor,
-    kinds: list[str],
-    generator: Generator,
-    known: Mapping[str, Corruption] = KINDS,
-    beside: Tensor | None = None,
-) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1], each broken in its own way: B names of those `known`.
-
-    `beside`: pictures one of which may shine through; None: these.
-    """
-    others = images if beside is None else beside
-    broken = [known[kind](images[k : k + 1], generator, others) for k, kind in enumerate(kinds)]
+def corrupt(images: Tensor, kinds: list[str], generator: Generator, known: Mapping[str, Corruption] = KINDS) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1], each broken in its own way: B names of those `known`."""
+    broken = [known[kind](images[k : k + 1], generator, images) for k, kind in enumerate(kinds)]
     return torch.cat(broken).clamp(0, 1)

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from t2irl.config import Strict
-from t2irl.corruptions import KINDS, corrupt
+from t2irl.corruptions import KINDS, whole
 
 
 class Negatives(Strict):
@@ -40,8 +40,8 @@ def spoil(pictures: Tensor, settings: Negatives, seeds: Sequence[int]) -> Tensor
     spoilt = []
     for picture, seed in zip(pictures.cpu().float().div(255), seeds, strict=True):
         generator = torch.Generator().manual_seed(seed)
-        kind = settings.kinds[int(torch.randint(len(settings.kinds), (), generator=generator))]
+        kind = settings.kinds[whole(0, len(settings.kinds) - 1, generator)]
         # What shines through is the picture itself, mirrored: another one would depend on what this process holds.
         own = torch.stack([picture.flip(-1), picture.flip(-2)])
-        spoilt.append(corrupt(picture[None], [kind], generator, beside=own))
-    return torch.cat(spoilt).mul(255).round().to(torch.uint8)
+        spoilt.append(KINDS[kind](picture[None], generator, own))
+    return torch.cat(spoilt).clamp(0, 1).mul(255).round().to(torch.uint8)

@@ -188,9 +188,7 @@ class AdversarialReward(ReferenceReward):
         iteration, self._side = self.turns.iteration, images.shape[-1]
         features = self._recent.take(images)
         if features is None:
-            with torch.no_grad():
-                parts = [self.critic.embed(images[c]) for c in even_chunks(len(images), self.config.batch_size)]
-            features = tuple(torch.cat(x) for x in zip(*parts, strict=True))
+            features = self._embed(images)
         drawn = self.pairs.draw(groups, iteration)
         seen = self._look(features, groups, drawn)
         share_right = accuracy(self.config.loss, seen.kept_real, seen.kept_fake) if len(seen.kept_real) else NAN
@@ -259,32 +257,33 @@ class AdversarialReward(ReferenceReward):
         old = [] if self.replay is None else self.replay.draw(total, self.seed, iteration)
         if old:
             pictures = torch.stack([x.picture for x in old]).to(self.device).float().div(255)
-            with torch.no_grad():
-                parts = [self.critic.embed(pictures[c]) for c in even_chunks(len(old), self.config.batch_size)]
             images = torch.cat([images, pictures])
-            features = tuple(torch.cat(x) for x in zip(features, *parts, strict=True))
+            features = tuple(torch.cat(x) for x in zip(features, self._embed(pictures), strict=True))
             files = [self.pairs.choose(self.pairs.parts(x.text)[0], x.prompt, x.member, iteration) for x in old]
             real += [file for file in files if file is not None]  # only prompts that have some are stored
             texts, keys = [*texts, *(x.text for x in old)], [*keys, *((x.prompt, x.member) for x in old)]
         total = sum(distributed.gather_objects(len(real)))
-        if self.companions is None:
-            return Batch(real, images, features, texts, keys, spoilt=self._spoilt(real, keys, iteration)), total
-        present = list(chain.from_iterable(distributed.gather_objects(texts)))
-        companions = self.companions.draw(texts, keys, real, iteration)
-        strangers = self.companions.strangers(texts, keys, present, iteration)
+        companions, strangers = [], []
+        if self.companions is not None:
+            present = list(chain.from_iterable(distributed.gather_objects(texts)))
+            companions = self.companions.draw(texts, keys, real, iteration)
+            strangers = self.companions.strangers(texts, keys, present, iteration)
         spoilt = self._spoilt(real, keys, iteration)
         return Batch(real, images, features, texts, keys, companions, strangers, spoilt), total
 
     @torch.no_grad()
+    def _embed(self, images: Tensor) -> Tensors:
+        """Frozen features of pictures (B, 3, H, W) in [0, 1], B above 0."""
+        parts = [self.critic.embed(images[c]) for c in even_chunks(len(images), self.config.batch_size)]
+        return tuple(torch.cat(x) for x in zip(*parts, strict=True))
+
     def _spoilt(self, files: Sequence[Path], keys: Sequence[tuple[int, int]], iteration: int) -> Tensors:
         """Features of reference images spoilt on purpose, one for each pair; none without that loss."""
         if self.config.negatives is None or not files:
             return ()
         seeds = [noise_seed(self.seed, f"adversary spoilt {iteration}", *key) for key in keys]
         pictures = spoil(self.reference_pictures(files), self.config.negatives, seeds)
-        chunks = even_chunks(len(files), self.config.batch_size)
-        parts = [self.critic.embed(pictures[c].to(self.device).float().div(255)) for c in chunks]
-        return tuple(torch.cat(x) for x in zip(*parts, strict=True))
+        return self._embed(pictures.to(self.device).float().div(255))
 
     def _store(self, replay: ReplayBuffer, images: Tensor, groups: PromptGroups, drawn: Drawn, iteration: int) -> None:
         """Keep some of the rollout's images for later iterations."""
