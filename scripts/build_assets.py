@@ -1,8 +1,8 @@
 """Train the models of the shapes world from scratch and write them to `assets/`.
 
-    python scripts/build_assets.py        # 69 minutes on two cores shared with other work, tiny-dinov2 not counted
+    python scripts/build_assets.py        # 69 minutes on two cores shared with other work, and 24 for tiny-sd3-styles; tiny-dinov2 not counted
 
-Stages: tokenizer, vae, decoder, sd3 (text encoders and transformer together), clip, card, dino, artifact. Each training stage saves itself
+Stages: tokenizer, vae, decoder, sd3 (text encoders and transformer together), clip, card, styles, dino, artifact. Each training stage saves itself
 every few hundred steps under `--work` and continues from there after an interruption; a finished stage is skipped.
 Everything is drawn from `--seed`.
 """
@@ -11,32 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from shapes_models.artifact import make_artifact
 from shapes_models.clip import build_clip
 from shapes_models.dino import make_dino
-from shapes_models.sd3 import PLAIN_STEPS, SD3_BATCH, SD3_STEPS, SHIFT, T5_ZEROS, Policy, build_sd3
-from shapes_models.text import TEXT_WIDTH, build_tokenizer
+from shapes_models.pipeline import measure, write_sd3
+from shapes_models.sd3 import PLAIN_STEPS, SD3_BATCH, SD3_STEPS, T5_ZEROS, build_sd3
+from shapes_models.stage import seconds_spent
+from shapes_models.styles import make_styles
+from shapes_models.text import build_tokenizer
 from shapes_models.vae import PICTURES, build_vae, draw, encode_all, polish_decoder, training_captions
-from torch import nn
-from transformers import CLIPModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
 from t2irl.shapes.captions import sample_captions
-from t2irl.shapes.verify import verify
 from t2irl.utils.memory import keep_heap
-
-
-def seconds_spent(work: Path) -> float:
-    """Training time of all stages together."""
-    return sum(
-        torch.load(f, weights_only=True)["seconds"]
-        for f in (work / f"{n}.pt" for n in ("vae", "decoder", "sd3", "sd3_plain", "clip"))
-    )
 
 
 def write_prompts(folder: Path) -> None:
@@ -53,39 +43,6 @@ def write_prompts(folder: Path) -> None:
             (folder / "shapes_train_several.txt").write_text("".join(several))
 
 
-def null_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
-    """A T5 encoder whose output is exactly zero, and a tokenizer for it.
-
-    StableDiffusion3Pipeline.from_pretrained wants a T5 unless told otherwise in the call; this one gives what the pipeline
-    would put in its place. Its last normalisation has weight 0.
-    """
-    letters = [(chr(c), -2.0) for c in range(ord("a"), ord("z") + 1)]
-    tokenizer = T5Tokenizer(
-        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0), *letters], extra_ids=0
-    )
-    config = T5Config(vocab_size=32, d_model=2 * TEXT_WIDTH, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
-    encoder = T5EncoderModel(config)
-    nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
-    return encoder, tokenizer
-
-
-def write_sd3(folder: Path, policy: Policy, vae: AutoencoderKL, tokenizer: CLIPTokenizer, shift: float) -> None:
-    """The pipeline folder, weights in float16."""
-    shutil.rmtree(folder, ignore_errors=True)
-    torch.manual_seed(0)
-    t5, t5_tokenizer = null_t5()
-    pipe = StableDiffusion3Pipeline(
-        transformer=policy.transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=shift), vae=vae,
-        text_encoder=policy.text_encoder, tokenizer=tokenizer, text_encoder_2=policy.text_encoder_2, tokenizer_2=tokenizer,
-        text_encoder_3=t5, tokenizer_3=t5_tokenizer,
-    )  # fmt: skip
-    pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
-    # Read without a dtype, transformers would keep float16 where diffusers takes float32.
-    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-        file = folder / part / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-
-
 def write_clip(folder: Path, clip: CLIPModel, tokenizer: CLIPTokenizer) -> None:
     """The CLIP folder, weights in float16."""
     clip.half().save_pretrained(folder, safe_serialization=True)
@@ -97,19 +54,6 @@ def write_clip(folder: Path, clip: CLIPModel, tokenizer: CLIPTokenizer) -> None:
         "image_std": [0.5] * 3,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=1))
-
-
-def measure(folder: Path, t5_zeros: int, guidance: float, n: int = 1024) -> dict[str, float]:
-    """Mean gold scores on held-out captions by the stock pipeline, 10 steps, four kinds with equal chance."""
-    absent = {} if t5_zeros else {"text_encoder_3": None, "tokenizer_3": None}
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32, **absent)
-    pipe.set_progress_bar_config(disable=True)
-    texts = [c.text for c in sample_captions(n, np.random.default_rng(13), heldout=True)]
-    generator, pictures = torch.Generator().manual_seed(17), []
-    for i in range(0, n, 128):
-        call = dict(num_inference_steps=10, guidance_scale=guidance, max_sequence_length=t5_zeros, output_type="pt")
-        pictures.append(pipe(texts[i : i + 128], generator=generator, **call).images)
-    return {name: values.mean().item() for name, values in verify(torch.cat(pictures), texts).items()}
 
 
 def write_card(folder: Path, seconds: float) -> None:
@@ -163,12 +107,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--only",
-        choices=["dino", "artifact"],
-        help="train nothing but tiny-dinov2, or tiny-artifact from the models there are",
+        choices=["styles", "dino", "artifact"],
+        help="train nothing but tiny-dinov2, or tiny-sd3-styles or tiny-artifact from the models there are",
     )
     args = parser.parse_args()
     keep_heap()
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.only == "styles":
+        return make_styles(args.work, args.out, args.seed)
     if args.only == "dino":
         return make_dino(args.work, args.out / "tiny-dinov2", args.seed)
     if args.only == "artifact":
@@ -184,8 +130,9 @@ def main() -> None:
     policy = build_sd3(args.work, latents, vae, tokenizer, args.seed)
     clip = build_clip(args.work, tokenizer, args.seed)
     write_clip(args.out / "tiny-clip", clip, tokenizer)
-    write_sd3(args.out / "tiny-sd3", policy, vae, tokenizer, SHIFT)
-    write_card(args.out / "tiny-sd3", seconds_spent(args.work))
+    write_sd3(args.out / "tiny-sd3", policy, vae, tokenizer)
+    write_card(args.out / "tiny-sd3", seconds_spent(args.work, ("vae", "decoder", "sd3", "sd3_plain", "clip")))
+    make_styles(args.work, args.out, args.seed)
     make_dino(args.work, args.out / "tiny-dinov2", args.seed)
     make_artifact(args.work, args.out, args.seed)
 

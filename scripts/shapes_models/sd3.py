@@ -65,6 +65,7 @@ class Policy(nn.Module):
             num_attention_heads=4, caption_projection_dim=128, joint_attention_dim=2 * TEXT_WIDTH,
             pooled_projection_dim=2 * TEXT_WIDTH, pos_embed_max_size=8, qk_norm="rms_norm",
         )  # fmt: skip
+        self.register_buffer("null_ids", tokenize(tokenizer, [""]), persistent=False)
 
     def encode(self, ids: Tensor, extra: int = 0) -> tuple[Tensor, Tensor]:
         """Token ids -> (B, 16 + extra, 128) embeddings and (B, 128) pooled ones; `extra` zero vectors follow."""
@@ -114,6 +115,40 @@ def heldout_score(
     return {name: values.mean().item() for name, values in verify(pictures, texts).items()}
 
 
+def flow_matching(
+    policy: Policy, x0: Tensor, ids: Tensor, step: int, generator: torch.Generator, guided: bool, t_mean: float
+) -> Tensor:
+    """Loss of a step on latents (B, 4, 16, 16) and the token ids (B, 16) of their captions, a tenth of which are dropped.
+
+    `guided`: towards model guidance by GUIDED_SCALE; `t_mean`: mean of the logit of the noise levels.
+    """
+    noise = torch.randn(x0.shape, generator=generator)
+    t = torch.sigmoid(torch.randn(len(x0), generator=generator) + t_mean)
+    dropped = torch.rand(len(x0), generator=generator) < 0.1
+    tokens = torch.where(dropped[:, None], policy.null_ids, ids)
+    x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
+    target = noise - x0
+    if step % 4 == 3:  # as a plain pipeline call sees it
+        with last_key_counts_as(T5_ZEROS):
+            v = policy.velocity(x_t, t, policy.encode(tokens, extra=1))
+    else:
+        v = policy.velocity(x_t, t, policy.encode(tokens))
+    if guided:
+        with torch.no_grad():
+            v_null = policy.velocity(x_t, t, policy.encode(policy.null_ids.expand(len(x0), -1)))
+            target = target + (1 - 1 / GUIDED_SCALE) * (v - v_null) * (~dropped).view(-1, 1, 1, 1)
+    return F.mse_loss(v, target)
+
+
+def progress(policy: Policy, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> str:
+    """Gold scores at three guidance scales, for the log."""
+    report = ""
+    for guidance in (1.0, 2.0, 3.0):
+        scores = heldout_score(policy, vae, tokenizer, 128, guidance=guidance, shift=SHIFT)
+        report += f"guidance {guidance}: " + " ".join(f"{k} {v:.3f}" for k, v in scores.items()) + "; "
+    return report
+
+
 def build_sd3(work: Path, latents: Tensor, vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int) -> Policy:
     """Flow matching with text dropout, in three parts.
 
@@ -124,47 +159,27 @@ def build_sd3(work: Path, latents: Tensor, vae: AutoencoderKL, tokenizer: CLIPTo
     """
     torch.manual_seed(seed)
     policy = Policy(tokenizer)
-    policy.register_buffer("null_ids", tokenize(tokenizer, [""]), persistent=False)
     ids = tokenize(tokenizer, [c.text for c in training_captions(seed)])
 
     def loss_at(step: int, generator: torch.Generator, guided: bool, t_mean: float) -> Tensor:
         chosen = torch.randint(len(latents), (SD3_BATCH,), generator=generator)
-        x0, noise = latents[chosen].float(), torch.randn(SD3_BATCH, 4, 16, 16, generator=generator)
-        t = torch.sigmoid(torch.randn(SD3_BATCH, generator=generator) + t_mean)
-        dropped = torch.rand(SD3_BATCH, generator=generator) < 0.1
-        tokens = torch.where(dropped[:, None], policy.null_ids, ids[chosen])
-        x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
-        target = noise - x0
-        if step % 4 == 3:  # as a plain pipeline call sees it
-            with last_key_counts_as(T5_ZEROS):
-                v = policy.velocity(x_t, t, policy.encode(tokens, extra=1))
-        else:
-            v = policy.velocity(x_t, t, policy.encode(tokens))
-        if guided:
-            with torch.no_grad():
-                v_null = policy.velocity(x_t, t, policy.encode(policy.null_ids.expand(SD3_BATCH, -1)))
-                target = target + (1 - 1 / GUIDED_SCALE) * (v - v_null) * (~dropped).view(-1, 1, 1, 1)
-        return F.mse_loss(v, target)
+        return flow_matching(policy, latents[chosen].float(), ids[chosen], step, generator, guided, t_mean)
 
     def check() -> str:
-        report = ""
-        for guidance in (1.0, 2.0, 3.0):
-            scores = heldout_score(policy, vae, tokenizer, 128, guidance=guidance, shift=1.5)
-            report += f"guidance {guidance}: " + " ".join(f"{k} {v:.3f}" for k, v in scores.items()) + "; "
-        return report
+        return progress(policy, vae, tokenizer)
 
     decay = [(0, 1.0), (GUIDED_FROM, 0.545), (SD3_STEPS, 0.0)]
-    Stage("sd3", work, decay, {"policy": policy}, _optimizers(policy, 1.0)).run(
+    Stage("sd3", work, decay, {"policy": policy}, optimizers(policy, 1.0)).run(
         lambda step, generator: loss_at(step, generator, step >= GUIDED_FROM, 0.0), seed + 2, check
     )
     decay = [(0, 1.0), (PLAIN_STEPS // 3, 1.0), (PLAIN_STEPS, 0.0)]
-    Stage("sd3_plain", work, decay, {"policy": policy}, _optimizers(policy, PLAIN_LR)).run(
+    Stage("sd3_plain", work, decay, {"policy": policy}, optimizers(policy, PLAIN_LR)).run(
         lambda step, generator: loss_at(step, generator, False, PLAIN_T_MEAN), seed + 4, check
     )
     return policy.eval().requires_grad_(False)
 
 
-def _optimizers(policy: Policy, scale: float) -> list[torch.optim.Optimizer]:
+def optimizers(policy: Policy, scale: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the transformer's blocks, AdamW for everything else; `scale` of the peak learning rates."""
     blocks = policy.transformer.transformer_blocks
     matrices = [p for n, p in blocks.named_parameters() if p.ndim == 2 and "norm" not in n]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +76,8 @@ class Stage:
         }
         torch.save(state, self.file.with_suffix(".tmp"))
         self.file.with_suffix(".tmp").replace(self.file)
+
+
+def seconds_spent(work: Path, names: Sequence[str]) -> float:
+    """Training time of some stages together."""
+    return sum(torch.load(work / f"{name}.pt", weights_only=True)["seconds"] for name in names)

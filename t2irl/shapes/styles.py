@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -58,3 +59,45 @@ STYLES: dict[str, Callable[[Scene], np.ndarray]] = {
     "pastel": lambda scene: _draw(scene, PASTEL_COLORS, PASTEL_BACKGROUNDS, None),
 }
 """Style -> what draws a scene: (64, 64, 3) uint8. `plain` is the style that the base model was trained on."""
+SWOLLEN = (0.0, 0.5, 1.0)
+"""Shares of an outline that the verifier may have taken for a part of the object, whose radius it then reads too large."""
+
+
+def style_of(picture: np.ndarray, scene: Scene) -> str:
+    """The style in which a scene, as the verifier read it, explains a picture (64, 64, 3) in 0..255 best: least squared error."""
+    pixels = picture.astype(np.float32)
+    errors = {
+        style: min(float(np.mean((draw(read) - pixels) ** 2)) for read in _readings(scene))
+        for style, draw in STYLES.items()
+    }
+    return min(errors, key=errors.__getitem__)
+
+
+def strength(picture: np.ndarray, scene: Scene, style: str) -> float:
+    """How far a picture has gone from the plain drawing of its scene to that in another style, 0 to 1, by least squares.
+
+    0 for a scene without anything that the style would draw differently.
+    """
+    pixels, best, least = picture.astype(np.float32), 0.0, math.inf
+    for read in _readings(scene):
+        plain = render(read).astype(np.float32)
+        way = STYLES[style](read) - plain
+        share = float(np.clip(np.vdot(pixels - plain, way) / max(float(np.vdot(way, way)), 1.0), 0, 1))
+        error = float(np.mean((plain + share * way - pixels) ** 2))
+        if error < least:
+            best, least = share, error
+    return best
+
+
+def _readings(scene: Scene) -> list[Scene]:
+    return [_shrunk(scene, share) for share in SWOLLEN]
+
+
+def _shrunk(scene: Scene, share: float) -> Scene:
+    """Objects less a share of an outline's width, middles where they are."""
+    objects = []
+    for obj in scene.objects:
+        r = max(obj.r - share * LINE / INSCRIBED[obj.shape], 1.0)
+        cy = obj.cy + TRIANGLE_SHIFT * (obj.r - r) if obj.shape == "triangle" else obj.cy
+        objects.append(replace(obj, r=r, cy=cy))
+    return replace(scene, objects=tuple(objects))

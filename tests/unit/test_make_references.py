@@ -15,9 +15,9 @@ from PIL import Image
 
 from t2irl.references import ReferenceImages
 from t2irl.shapes.captions import BACKGROUNDS, COLORS, parse_caption, sample_captions
-from t2irl.shapes.render import render, sample_scene
-from t2irl.shapes.styles import PASTEL_BACKGROUNDS, PASTEL_COLORS, STYLES
-from t2irl.shapes.verify import PALETTE, verify
+from t2irl.shapes.render import Scene, render, sample_scene
+from t2irl.shapes.styles import PASTEL_BACKGROUNDS, PASTEL_COLORS, STYLES, strength, style_of
+from t2irl.shapes.verify import PALETTE, parse, verify
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [c.text for c in sample_captions(4, np.random.default_rng(3))]
@@ -189,3 +189,24 @@ def test_pastel_colors_are_nearest_to_their_own_names() -> None:
     for name, color in (PASTEL_COLORS | PASTEL_BACKGROUNDS).items():
         distances = np.linalg.norm(PALETTE - np.asarray(color), axis=1)
         assert names[distances.argmin()] == name
+
+
+def test_styles_are_told_apart_in_what_the_verifier_reads() -> None:
+    rng = np.random.default_rng(9)
+    scenes = [sample_scene(c, rng) for c in sample_captions(60, rng)]
+    for name, draw in STYLES.items():
+        pictures = np.stack([draw(scene) for scene in scenes])
+        read = parse(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+        rows = list(zip(pictures, read, strict=True))
+        assert [style_of(*row) for row in rows] == [name] * len(scenes)
+        found = {other: np.median([strength(*row, other) for row in rows]) for other in ("outlined", "pastel")}
+        assert all(value > 0.9 if name == other else value < 0.1 for other, value in found.items())
+
+
+def test_strength_is_how_much_of_a_style_there_is() -> None:
+    scene = sample_scene(parse_caption("a blue square on a white background"), np.random.default_rng(0))
+    plain, outlined = (STYLES[name](scene).astype(np.float32) for name in ("plain", "outlined"))
+    for share in (0.25, 0.5, 0.75):
+        assert strength(plain + share * (outlined - plain), scene, "outlined") == pytest.approx(share, abs=0.01)
+    empty = Scene("white", ())
+    assert strength(STYLES["plain"](empty), empty, "outlined") == 0

@@ -12,7 +12,8 @@ from t2irl import registry
 
 OWN = {
     "adversarial_clip", "adversarial_dino", "artifact", "artifact_adaptive", "artifact_judge", "color_coverage",
-    "object_count", "posthoc_discriminator", "preference", "remote", "shapes", "tiny_clip", "vividness",
+    "object_count", "posthoc_discriminator", "preference", "remote", "shapes", "shapes_style", "tiny_clip",
+    "vividness",
 }  # fmt: skip
 """Rewards of this package that are documented elsewhere: they learn, belong to the shapes world, or stand for others."""
 

@@ -19,6 +19,7 @@ from t2irl.rewards.base import Reward
 from t2irl.shapes import proxies
 from t2irl.shapes.captions import BACKGROUNDS, COLORS, parse_caption, sample_captions
 from t2irl.shapes.render import SIZE, render, sample_scene
+from t2irl.shapes.styles import STYLES
 from t2irl.shapes.verify import verify
 from t2irl.types import PromptGroups
 
@@ -28,7 +29,7 @@ OWN_TESTS = ("geneval", "hpsv3", "ocr", "vlm_score")
 """Need prompts of their own form, or a server that answers; see their own tests."""
 NAMES = [name for name in ALL if registry.find("rewards", name).per_image and name not in OWN_TESTS]
 PROXIES = ("color_coverage", "vividness", "object_count", "tiny_clip")
-SHAPES_ONLY = ("shapes", "color_coverage", "object_count")
+SHAPES_ONLY = ("shapes", "shapes_style", "color_coverage", "object_count")
 
 
 # ------------------------------------------------------------------------------------------------------ every reward
@@ -56,7 +57,7 @@ def test_scores_are_finite_and_one_per_image(
     before = images.clone()
     scores = make(name).score(images, groups)
     assert scores.shape == (48,) and scores.dtype == torch.float32 and scores.device == CPU
-    assert scores.isfinite().all() and len(scores.unique()) > 1
+    assert scores.isfinite().all() and (len(scores.unique()) > 1 or name == "shapes_style")  # all are in one style
     assert torch.equal(images, before)
 
 
@@ -95,6 +96,25 @@ def test_other_pictures_and_prompts_are_refused(name: str, make: Callable[..., R
         reward.score(torch.zeros(1, 3, SIZE, SIZE), PromptGroups.of(["a cat"], [0], [0]))
     with pytest.raises(DataError, match="2 pictures but 1 captions"):
         reward.score(torch.zeros(2, 3, SIZE, SIZE), PromptGroups.of([caption], [0], [0]))
+
+
+def test_styles_are_known_and_plain_has_no_strength() -> None:
+    config = registry.find("rewards", "shapes_style").Config
+    with pytest.raises(ValidationError, match="neon is no style; known: plain, outlined, pastel"):
+        config(style="neon")
+    with pytest.raises(ValidationError, match="take measure: nearest"):
+        config(style="plain", measure="strength")
+
+
+@pytest.mark.parametrize("measure", ["nearest", "strength"])
+def test_a_style_is_known_when_it_is_seen(measure: str, make: Callable[..., Reward]) -> None:
+    rng = np.random.default_rng(4)
+    captions = sample_captions(8, rng)
+    scenes = [sample_scene(caption, rng) for caption in captions]
+    drawn = np.stack([STYLES[style](scene) for style in ("plain", "outlined") for scene in scenes])
+    groups = PromptGroups.of([c.text for c in captions] * 2, list(range(16)), [0] * 16)
+    scores = make("shapes_style", measure=measure).score(torch.from_numpy(drawn).permute(0, 3, 1, 2) / 255, groups)
+    assert (scores[:8] < 0.1).all() and (scores[8:] > 0.9).all()
 
 
 # -------------------------------------------------------------------------------------------------------------- gold
