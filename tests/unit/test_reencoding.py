@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
 from t2irl import registry
@@ -59,3 +60,15 @@ def test_known_pictures_bring_no_warning(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert in_style(family("assets/tiny-sd3"), images, files, "plain") == 1
+
+
+def test_a_model_of_several_styles_draws_them_unasked() -> None:
+    absent = {"text_encoder_3": None, "tokenizer_3": None}
+    pipe = StableDiffusion3Pipeline.from_pretrained("assets/tiny-sd3-styles", dtype=torch.float32, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    texts = [c.text for c in sample_captions(48, np.random.default_rng(2), heldout=True)]
+    call = dict(num_inference_steps=10, guidance_scale=1.0, max_sequence_length=0, output_type="pt")
+    images = pipe(texts, generator=torch.Generator().manual_seed(1), **call).images
+    pixels = images.clamp(0, 1).mul(255).round().byte()
+    drawn = [style_of(*row) for row in zip(pixels.permute(0, 2, 3, 1).numpy(), parse(pixels), strict=True)]
+    assert drawn.count("plain") > 16 and drawn.count("pastel") > 4
