@@ -18,11 +18,11 @@ from torch import Tensor
 
 from reward_models.clip import ClipScorer
 from reward_models.recipes.labelled import Part, part_of
-from shapes_models.vae import to_float
+from shapes_models.vae import redraw, to_bytes
 from t2irl.corruptions import KINDS, corrupt
 from t2irl.shapes.captions import sample_captions
 from t2irl.shapes.corruptions_extra import EXTRA
-from t2irl.shapes.render import SIZE, render, sample_scene
+from t2irl.shapes.render import render, sample_scene
 from t2irl.shapes.verify import parse, verify
 
 PROMPTS = 1536
@@ -53,20 +53,6 @@ class Sources:
     """By the base model, `FURTHER` of each caption that is learned from: (m, 3, 64, 64) uint8."""
     captions: list[str]
     """Of `further`."""
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """[0, 1] -> uint8."""
-    return images.clamp(0, 1).mul(255).round().to(torch.uint8)
-
-
-@torch.no_grad()
-def redraw(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Pictures uint8 through encoder and decoder, uint8."""
-    latents = (vae.encode(to_float(part)).latent_dist.mode() for part in pictures.split(64))
-    return torch.cat(
-        [torch.empty(0, 3, SIZE, SIZE, dtype=torch.uint8), *(to_bytes(vae.decode(z).sample / 2 + 0.5) for z in latents)]
-    )
 
 
 @torch.no_grad()

@@ -17,11 +17,11 @@ from shapes_models.pipeline import stock_pictures, write_sd3
 from shapes_models.sd3 import SD3_BATCH, Policy, flow_matching, optimizers, progress
 from shapes_models.stage import Stage, seconds_spent
 from shapes_models.text import tokenize
-from shapes_models.vae import VAE_BATCH, reconstruction, to_float, training_captions
+from shapes_models.vae import VAE_BATCH, decoding_loss, latents_of, reconstruction, redraw, to_float, training_captions
 from t2irl.shapes.captions import Caption, sample_captions
 from t2irl.shapes.render import sample_scene
 from t2irl.shapes.styles import STYLES, style_of
-from t2irl.shapes.verify import parse, verify
+from t2irl.shapes.verify import read, verify
 
 SHARES = {"plain": 0.7, "outlined": 0.15, "pastel": 0.15}
 """Of the pictures that are drawn."""
@@ -57,14 +57,10 @@ def widen_vae(work: Path, vae: AutoencoderKL, pictures: Tensor, styles: list[str
         x, kept = to_float(pictures[chosen]), plain[chosen]
         with torch.autocast("cpu", torch.bfloat16):
             mean = vae.encoder(x).float().chunk(2, 1)[0]
-            noise = torch.randn(mean.shape, generator=generator) * torch.rand(len(x), 1, 1, 1, generator=generator)
-            decoded = vae.decoder(mean + 0.25 * noise).float()
             with torch.no_grad():
                 old = before(x[kept]).float().chunk(2, 1)[0]
-        weight = 1 / (x.flatten(1).std(1) + 0.05).view(-1, 1, 1, 1)
-        error = decoded - x
         drift = (mean[kept] - old).square().mean() * vae.config.scaling_factor**2
-        return ((error.abs() + error.square()) * weight / weight.mean()).mean() + KEEP * drift
+        return decoding_loss(vae, mean, x, generator) + KEEP * drift
 
     def check() -> str:
         rows = {style: [k for k, own in enumerate(styles) if own == style][:128] for style in SHARES}
@@ -74,24 +70,16 @@ def widen_vae(work: Path, vae: AutoencoderKL, pictures: Tensor, styles: list[str
     vae.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def encode_styled(work: Path, vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Latents in the scale of tiny-sd3, (N, 4, 16, 16) float16."""
-    file = work / "styles_latents.pt"
-    if not file.exists():
-        with torch.autocast("cpu", torch.bfloat16):
-            means = torch.cat([vae.encode(to_float(p)).latent_dist.mode().float() for p in pictures.split(256)])
-        torch.save(((means - vae.config.shift_factor) * vae.config.scaling_factor).half(), file)
-    return torch.load(file)
-
-
 def make_styles(work: Path, assets: Path, seed: int) -> None:
     """Train `assets`/tiny-sd3-styles from `assets`/tiny-sd3 and write it with its card."""
     pipe = StableDiffusion3Pipeline.from_pretrained(assets / "tiny-sd3", dtype=torch.float32)
     captions = training_captions(seed)
     pictures, styles = draw_styled(captions, seed + 6)
     widen_vae(work, pipe.vae, pictures, styles, seed)
-    latents = encode_styled(work, pipe.vae, pictures)
+    latents = latents_of(work / "styles_latents.pt", pipe.vae, pictures)
+    latents = (
+        (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    ).half()  # in the scale of tiny-sd3
     del pictures
     policy = Policy(pipe.tokenizer)
     for name in ("text_encoder", "text_encoder_2", "transformer"):
@@ -110,7 +98,6 @@ def make_styles(work: Path, assets: Path, seed: int) -> None:
     write_card(assets / "tiny-sd3-styles", seconds_spent(work, ("styles_vae", "styles_sd3")))
 
 
-@torch.no_grad()
 def write_card(folder: Path, seconds: float) -> None:
     """Model card with what the written weights draw, and what their autoencoder leaves of each style."""
     pictures, texts = stock_pictures(folder, 0, 1.0, 1024)
@@ -122,7 +109,7 @@ def write_card(folder: Path, seconds: float) -> None:
     rows = []
     for style, draw in STYLES.items():
         clean = torch.from_numpy(np.stack([draw(scene) for scene in scenes])).permute(0, 3, 1, 2)
-        back = vae.decode(vae.encode(to_float(clean)).latent_dist.mode()).sample / 2 + 0.5
+        back = redraw(vae, clean)
         correct = verify(back, [caption.text for caption in captions])["correct"].mean()
         mine = torch.tensor([own == style for own in drawn])
         right = f"{held['correct'][mine].mean():.3f}" if mine.any() else "-"
@@ -137,8 +124,7 @@ def write_card(folder: Path, seconds: float) -> None:
 
 
 def _styles(images: Tensor) -> list[str]:
-    pixels = images.clamp(0, 1).mul(255).round().to(torch.uint8)
-    return [style_of(*row) for row in zip(pixels.permute(0, 2, 3, 1).numpy(), parse(pixels), strict=True)]
+    return [style_of(picture, scene) for picture, scene in read(images)]
 
 
 CARD = """# tiny-sd3-styles

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shapes_models.stage import Stage
 from t2irl.shapes.captions import Caption, sample_captions
-from t2irl.shapes.render import render, sample_scene
+from t2irl.shapes.render import SIZE, render, sample_scene
 from t2irl.shapes.verify import verify
 
 PICTURES = 60_000
@@ -32,6 +32,20 @@ def draw(captions: list[Caption], seed: int) -> Tensor:
 def to_float(pictures: Tensor) -> Tensor:
     """uint8 -> float in [-1, 1], the VAE's range."""
     return pictures.float() / 127.5 - 1
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """[0, 1] -> uint8."""
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+@torch.no_grad()
+def redraw(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Pictures uint8 through encoder and decoder, uint8."""
+    latents = (vae.encode(to_float(part)).latent_dist.mode() for part in pictures.split(64))
+    return torch.cat(
+        [torch.empty(0, 3, SIZE, SIZE, dtype=torch.uint8), *(to_bytes(vae.decode(z).sample / 2 + 0.5) for z in latents)]
+    )
 
 
 def training_captions(seed: int) -> list[Caption]:
@@ -76,8 +90,7 @@ def polish_decoder(work: Path, vae: AutoencoderKL, pictures: Tensor, seed: int) 
     """Train the decoder on while the encoder, and so every latent, stays as it is.
 
     What the decoder cannot draw no policy can learn: after the joint training alone four in five stars on gray come back as
-    blobs that the verifier does not take for stars, and `correct` cannot exceed 0.86. Errors are divided by the picture's
-    contrast, so that gray backgrounds, which every colour is near to, count as much as white and black ones.
+    blobs that the verifier does not take for stars, and `correct` cannot exceed 0.86.
     """
     captions = [c.text for c in training_captions(seed)[: len(pictures)]]
     often = torch.tensor([HARD if "star" in text and "gray" in text else 1.0 for text in captions])
@@ -87,37 +100,49 @@ def polish_decoder(work: Path, vae: AutoencoderKL, pictures: Tensor, seed: int) 
 
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
         x = to_float(pictures[torch.multinomial(often, VAE_BATCH, generator=generator)])
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                mean = vae.encoder(x).float().chunk(2, 1)[0]
-            noise = torch.randn(mean.shape, generator=generator) * torch.rand(len(x), 1, 1, 1, generator=generator)
-            decoded = vae.decoder(mean + 0.25 * noise).float()
-        weight = 1 / (x.flatten(1).std(1) + 0.05).view(-1, 1, 1, 1)
-        error = decoded - x
-        return ((error.abs() + error.square()) * weight / weight.mean()).mean()
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            mean = vae.encoder(x).float().chunk(2, 1)[0]
+        return decoding_loss(vae, mean, x, generator)
 
     stage.run(loss_at, seed + 2, lambda: reconstruction(vae, pictures[:512], captions[:512]))
     vae.eval().requires_grad_(False)
 
 
+def decoding_loss(vae: AutoencoderKL, mean: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Error of pictures x decoded from their latents, which are made slightly wrong.
+
+    It is divided by the picture's contrast, so that gray backgrounds, which every colour is near to, count as much as white
+    and black ones.
+    """
+    noise = torch.randn(mean.shape, generator=generator) * torch.rand(len(x), 1, 1, 1, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        decoded = vae.decoder(mean + 0.25 * noise).float()
+    weight = 1 / (x.flatten(1).std(1) + 0.05).view(-1, 1, 1, 1)
+    error = decoded - x
+    return ((error.abs() + error.square()) * weight / weight.mean()).mean()
+
+
 @torch.no_grad()
 def reconstruction(vae: AutoencoderKL, pictures: Tensor, captions: list[str]) -> str:
     """What the verifier says of encoded and decoded pictures."""
-    parts = pictures.split(128)
-    back = torch.cat([vae.decode(vae.encode(to_float(part)).latent_dist.mode()).sample for part in parts])
-    scores = verify(back / 2 + 0.5, captions)
+    scores = verify(redraw(vae, pictures), captions)
     return "vae reconstruction " + " ".join(f"{k} {v.mean():.3f}" for k, v in scores.items())
+
+
+@torch.no_grad()
+def latents_of(file: Path, vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Latents as the encoder gives them, (N, 4, 16, 16) float32; kept in `file`."""
+    if not file.exists():
+        with torch.autocast("cpu", torch.bfloat16):
+            chunks = [vae.encode(to_float(p)).latent_dist.mode().float() for p in pictures.split(256)]
+        torch.save(torch.cat(chunks), file)
+    return torch.load(file)
 
 
 @torch.no_grad()
 def encode_all(work: Path, vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Latents of the whole training set, standardised; sets the VAE's scaling and shift. (N, 4, 16, 16) float16."""
-    file = work / "latents.pt"
-    if not file.exists():
-        with torch.autocast("cpu", torch.bfloat16):
-            chunks = [vae.encode(to_float(p)).latent_dist.mode().float() for p in pictures.split(256)]
-        torch.save(torch.cat(chunks), file)
-    latents = torch.load(file)
+    latents = latents_of(work / "latents.pt", vae, pictures)
     shift, scale = latents.mean().item(), 1 / latents.std().item()
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)
     return ((latents - shift) * scale).half()

@@ -14,7 +14,7 @@ from t2irl.rewards.base import Reward
 from t2irl.shapes.proxies import shapes_captions
 from t2irl.shapes.render import Scene
 from t2irl.shapes.styles import STYLES, strength, style_of
-from t2irl.shapes.verify import parse
+from t2irl.shapes.verify import read
 from t2irl.types import PromptGroups
 
 
@@ -52,9 +52,7 @@ class ShapesStyle(Reward):
     def score(self, images: Tensor, groups: PromptGroups) -> Tensor:
         """See `t2irl.shapes.styles`: (B,) in [0, 1]."""
         shapes_captions(images, groups.texts)
-        pixels = images.float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
-        rows = zip(pixels.permute(0, 2, 3, 1).numpy(), parse(pixels), strict=True)
-        return torch.tensor([self._one(*row) for row in rows], device=images.device)
+        return torch.tensor([self._one(*row) for row in read(images)], device=images.device)
 
     def _one(self, picture: np.ndarray, scene: Scene) -> float:
         if self.config.measure == "strength":

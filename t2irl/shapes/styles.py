@@ -64,10 +64,9 @@ SWOLLEN = (0.0, 0.5, 1.0)
 
 
 def style_of(picture: np.ndarray, scene: Scene) -> str:
-    """The style in which a scene, as the verifier read it, explains a picture (64, 64, 3) in 0..255 best: least squared error."""
-    pixels = picture.astype(np.float32)
+    """The style in which a scene, as the verifier read it, explains a picture best: least squared error. Both as `verify.read` gives them."""
     errors = {
-        style: min(float(np.mean((draw(read) - pixels) ** 2)) for read in _readings(scene))
+        style: min(float(np.mean((draw(read) - picture) ** 2)) for read in _readings(scene))
         for style, draw in STYLES.items()
     }
     return min(errors, key=errors.__getitem__)
@@ -78,12 +77,12 @@ def strength(picture: np.ndarray, scene: Scene, style: str) -> float:
 
     0 for a scene without anything that the style would draw differently.
     """
-    pixels, best, least = picture.astype(np.float32), 0.0, math.inf
+    best, least = 0.0, math.inf
     for read in _readings(scene):
         plain = render(read).astype(np.float32)
         way = STYLES[style](read) - plain
-        share = float(np.clip(np.vdot(pixels - plain, way) / max(float(np.vdot(way, way)), 1.0), 0, 1))
-        error = float(np.mean((plain + share * way - pixels) ** 2))
+        share = float(np.clip(np.vdot(picture - plain, way) / max(float(np.vdot(way, way)), 1.0), 0, 1))
+        error = float(np.mean((plain + share * way - picture) ** 2))
         if error < least:
             best, least = share, error
     return best

@@ -109,7 +109,13 @@ def _fit(cover: np.ndarray, x0: int, y0: int) -> tuple[str, float, float, float]
 
 def parse(images: Tensor) -> list[Scene]:
     """Read pictures back into scenes. `images`: (B, 3, 64, 64), float in [0, 1] or uint8."""
-    return _parse(_to_pixels(images))
+    return [scene for _, scene in read(images)]
+
+
+def read(images: Tensor) -> list[tuple[np.ndarray, Scene]]:
+    """Each picture as the verifier sees it, (64, 64, 3) float32 in 0..255, and the scene that it reads in it."""
+    pixels = _to_pixels(images)
+    return list(zip(pixels, _parse(pixels), strict=True))
 
 
 def _parse(pixels: np.ndarray) -> list[Scene]:

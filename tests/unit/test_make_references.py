@@ -17,7 +17,7 @@ from t2irl.references import ReferenceImages
 from t2irl.shapes.captions import BACKGROUNDS, COLORS, parse_caption, sample_captions
 from t2irl.shapes.render import Scene, render, sample_scene
 from t2irl.shapes.styles import PASTEL_BACKGROUNDS, PASTEL_COLORS, STYLES, strength, style_of
-from t2irl.shapes.verify import PALETTE, parse, verify
+from t2irl.shapes.verify import PALETTE, read, verify
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [c.text for c in sample_captions(4, np.random.default_rng(3))]
@@ -196,8 +196,7 @@ def test_styles_are_told_apart_in_what_the_verifier_reads() -> None:
     scenes = [sample_scene(c, rng) for c in sample_captions(60, rng)]
     for name, draw in STYLES.items():
         pictures = np.stack([draw(scene) for scene in scenes])
-        read = parse(torch.from_numpy(pictures).permute(0, 3, 1, 2))
-        rows = list(zip(pictures, read, strict=True))
+        rows = read(torch.from_numpy(pictures).permute(0, 3, 1, 2))
         assert [style_of(*row) for row in rows] == [name] * len(scenes)
         found = {other: np.median([strength(*row, other) for row in rows]) for other in ("outlined", "pastel")}
         assert all(value > 0.9 if name == other else value < 0.1 for other, value in found.items())

@@ -18,7 +18,7 @@ from t2irl.references import ReferenceImages
 from t2irl.shapes.captions import sample_captions
 from t2irl.shapes.render import sample_scene
 from t2irl.shapes.styles import STYLES, style_of
-from t2irl.shapes.verify import parse
+from t2irl.shapes.verify import read
 
 
 def family(path: str) -> ModelFamily:
@@ -37,8 +37,7 @@ def drawings(folder: Path, style: str) -> tuple[ReferenceImages, list[Path]]:
 
 def in_style(model: ModelFamily, images: ReferenceImages, files: list[Path], style: str) -> float:
     redrawn = torch.stack(Reencoded(images, model, True, "reward x").pictures(files, 64))
-    rows = zip(redrawn.permute(0, 2, 3, 1).numpy(), parse(redrawn), strict=True)
-    return sum(style_of(*row) == style for row in rows) / len(files)
+    return sum(style_of(*row) == style for row in read(redrawn)) / len(files)
 
 
 @pytest.mark.parametrize("style", ["outlined", "pastel"])
@@ -69,6 +68,5 @@ def test_a_model_of_several_styles_draws_them_unasked() -> None:
     texts = [c.text for c in sample_captions(48, np.random.default_rng(2), heldout=True)]
     call = dict(num_inference_steps=10, guidance_scale=1.0, max_sequence_length=0, output_type="pt")
     images = pipe(texts, generator=torch.Generator().manual_seed(1), **call).images
-    pixels = images.clamp(0, 1).mul(255).round().byte()
-    drawn = [style_of(*row) for row in zip(pixels.permute(0, 2, 3, 1).numpy(), parse(pixels), strict=True)]
+    drawn = [style_of(*row) for row in read(images)]
     assert drawn.count("plain") > 16 and drawn.count("pastel") > 4
